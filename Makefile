@@ -1,0 +1,34 @@
+# make demo: install everything, then train source-only and FtD++ on the built-in street world and compare them.
+# make test: install everything, then lint, type check and test.
+# Both need Python 3.11 or newer, make and a C++ compiler, and share one virtual environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+
+.PHONY: demo test setup clean
+
+setup: $(STAMP)
+
+# torch first: torch-scatter imports it while it builds. Everything is pinned by constraints.txt.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade setuptools wheel -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt) -c constraints.txt
+	@echo "compiling torch-scatter: two to five minutes, once"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation torch-scatter -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[dev,tensorboard]' -c constraints.txt
+	mkdir -p $(VENV)/typing && ln -sfn ../.. $(VENV)/typing/ftdpp  # mypy finds the flat modules under their package name
+	touch $@
+
+demo: setup
+	$(BIN)/ftd demo
+
+test: setup
+	$(BIN)/ruff check .
+	MYPYPATH=$(VENV)/typing $(BIN)/mypy -p ftdpp
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,181 @@
+"""Kernel maps: which input voxel meets which output voxel under which offset, for all levels of a sparse U-Net.
+
+A voxel is an integer cell `(b, x, y, z)`: frame of the batch, then position. Its *key* is the frame in the high bits and
+the Morton code of the position below (the bits of x, y, z interleaved). Two properties make the rest short: a parent's key
+is its child's key `>> 3`, so one sort of the points orders the voxels of every level; and the children of a parent are
+neighbours in memory.
+
+A convolution with K offsets is a list of *pairs* (input row, output row), grouped by offset. `KernelMap` holds the pairs
+once and serves the forward pass, the input gradient and the weight gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+AXIS_BITS = 16  # bits per axis in a key: coordinates lie strictly inside +-2**15
+FRAME_BITS = 63 - 3 * AXIS_BITS
+BIAS = 1 << (AXIS_BITS - 1)  # makes coordinates unsigned; a multiple of every stride, so that parents stay parents
+
+
+def _spread(v: Tensor) -> Tensor:
+    """Move bit i of a 16-bit integer to bit 3i."""
+    v = v & 0xFFFF
+    v = (v | v << 16) & 0x0000_00FF_0000_FF
+    v = (v | v << 8) & 0x00F0_0F00_F00F
+    v = (v | v << 4) & 0x0C30_C30C_30C3
+    return (v | v << 2) & 0x2492_4924_9249
+
+
+def _compact(v: Tensor) -> Tensor:
+    """Inverse of `_spread`: collect every third bit."""
+    v = v & 0x2492_4924_9249
+    v = (v | v >> 2) & 0x0C30_C30C_30C3
+    v = (v | v >> 4) & 0x00F0_0F00_F00F
+    v = (v | v >> 8) & 0x0000_00FF_0000_FF
+    return (v | v >> 16) & 0xFFFF
+
+
+def pack(coords: Tensor) -> Tensor:
+    """Keys of voxels.
+
+    Args:
+        coords: (N, 4) integer, columns b, x, y, z; positions may be negative.
+    Returns:
+        (N,) int64, increasing in b, then along the Morton curve.
+    Raises:
+        ValueError: a position outside +-(2**15 - 1), or a frame index that does not fit.
+    """
+    c = coords.long()
+    if len(c):
+        low, high = c.amin(0), c.amax(0)
+        if low[1:].min() <= -BIAS or high[1:].max() >= BIAS - 1:
+            raise ValueError(f"voxel coordinates span {low[1:].tolist()} to {high[1:].tolist()}; they must lie inside "
+                             f"+-{BIAS - 2}: shift them to start at 0 or use larger voxels")
+        if low[0] < 0 or high[0] >= 1 << FRAME_BITS:
+            raise ValueError(f"frame indices span {low[0]} to {high[0]}; expected 0 to {(1 << FRAME_BITS) - 1}")
+    x, y, z = (_spread(c[:, i] + BIAS) for i in (1, 2, 3))
+    return c[:, 0] << (3 * AXIS_BITS) | x << 2 | y << 1 | z
+
+
+def unpack(keys: Tensor, level: int = 0) -> Tensor:
+    """Voxels (N, 4) int32 b, x, y, z of keys of a level; the inverse of `pack` at level 0."""
+    shift = 3 * (AXIS_BITS - level)
+    position = [_compact(keys >> s) & ((1 << (AXIS_BITS - level)) - 1) for s in (2, 1, 0)]
+    return torch.stack([keys >> shift, *(p - (BIAS >> level) for p in position)], 1).int()
+
+
+@dataclass(frozen=True)
+class KernelMap:
+    """The pairs of one sparse convolution with K offsets, N_in input and N_out output voxels.
+
+    pair_in, pair_out: (P,) int64, rows of each pair; the pairs of offset k are `seg[k]:seg[k + 1]`.
+    by_out, start_out: the pairs of output row i are `by_out[start_out[i]:start_out[i + 1]]`, so an output is the sum of one
+        run: no scatter, no atomics, one order of addition.
+    by_in, start_in: the same for input rows; the gradient with respect to the input runs the pairs backwards.
+    """
+
+    pair_in: Tensor
+    pair_out: Tensor
+    seg: list[int]
+    by_out: Tensor
+    start_out: Tensor
+    by_in: Tensor
+    start_in: Tensor
+
+    @property
+    def transposed(self) -> KernelMap:
+        """The map of the inverse convolution: input and output exchanged, the same weight index for each pair."""
+        return replace(self, pair_in=self.pair_out, pair_out=self.pair_in, by_out=self.by_in, start_out=self.start_in,
+                       by_in=self.by_out, start_in=self.start_out)
+
+
+def _starts(counts: Tensor) -> Tensor:
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def submanifold_map(keys: Tensor, level: int) -> KernelMap:
+    """Pairs of a 3x3x3 convolution whose outputs are its inputs.
+
+    Offset k = (dx+1)*9 + (dy+1)*3 + (dz+1); the pair (i, p) belongs to k when `coords[i] = coords[p] + d_k`.
+
+    Args:
+        keys: (N,) int64, sorted and unique, of one level.
+    """
+    n, bits = len(keys), AXIS_BITS - level
+    frame = keys >> (3 * bits) << (3 * bits)
+    axis = [_compact(keys >> s) & ((1 << bits) - 1) for s in (2, 1, 0)]
+    # A step off the grid (-1 or 2**bits) spreads into bits that no key of this level has, so it finds nothing.
+    step = [[_spread(a + d) << s for d in (-1, 0, 1)] for a, s in zip(axis, (2, 1, 0), strict=True)]
+    row = torch.full((27, n), -1, dtype=torch.int64, device=keys.device)
+    row[13] = torch.arange(n, device=keys.device)
+    for k in range(13):  # offset 26-k is the mirror image of k: one search serves both
+        wanted = frame | step[0][k // 9] | step[1][k // 3 % 3] | step[2][k % 3]
+        found = torch.searchsorted(keys, wanted).clamp_(max=max(n - 1, 0))
+        p = (keys[found] == wanted).nonzero().squeeze(1)
+        i = found[p]
+        row[k, p], row[26 - k, i] = i, p
+    hit = row >= 0
+    rank = (hit.flatten().cumsum(0) - 1).view(27, n)  # position of a pair in the list ordered by offset
+    seg = [0, *hit.sum(1).cumsum(0).tolist()]
+    offset, pair_out = hit.nonzero(as_tuple=True)
+    pair_in = row[hit]
+    by_out = rank.t()[hit.t()]
+    start = _starts(hit.sum(0))
+    # Output p meets input i under k exactly when output i meets input p under 26-k.
+    by_in = rank[26 - offset[by_out], pair_in[by_out]]
+    return KernelMap(pair_in, pair_out, seg, by_out, start, by_in, start)
+
+
+def strided_map(keys: Tensor) -> tuple[Tensor, KernelMap]:
+    """Keys of the next coarser level, and the pairs of the 2x2x2 convolution with stride 2 that leads there.
+
+    Octant k = 4*dx + 2*dy + dz with `coords_in = 2 * coords_out + d_k`; each input voxel is in exactly one pair.
+    """
+    parents, parent, children = torch.unique_consecutive(keys >> 3, return_inverse=True, return_counts=True)
+    octant = keys & 7
+    by_octant = torch.argsort(octant, stable=True)
+    rank = torch.empty_like(by_octant)
+    rank[by_octant] = torch.arange(len(keys), device=keys.device)
+    seg = [0, *torch.bincount(octant, minlength=8).cumsum(0).tolist()]
+    return parents, KernelMap(by_octant, parent[by_octant], seg, rank, _starts(children), rank,
+                              torch.arange(len(keys) + 1, device=keys.device))
+
+
+class Pyramid:
+    """All the maps of a sparse U-Net, built in one pass and shared by every layer, forward and backward.
+
+    Args:
+        coords: (N, 4) integer points b, x, y, z. Several points may share a voxel.
+        levels: number of resolutions; level l has voxels of side 2**l.
+
+    Attributes:
+        keys: per level, (V_l,) int64 sorted voxel keys.
+        voxel: (N,) int64, the level-0 voxel of each point.
+        order, start: the points of voxel v are `order[start[v]:start[v + 1]]`.
+        same: per level, the `KernelMap` of submanifold 3x3x3 convolutions.
+        down: per step l -> l+1, the `KernelMap` of the strided convolution; `.transposed` is the inverse convolution's.
+    """
+
+    def __init__(self, coords: Tensor, levels: int = 7) -> None:
+        if coords.ndim != 2 or coords.shape[1] != 4 or coords.is_floating_point():
+            raise ValueError(f"coords must be (N, 4) integers b, x, y, z; found {tuple(coords.shape)} {coords.dtype}")
+        with torch.no_grad():
+            keys, self.order = torch.sort(pack(coords), stable=True)
+            keys, voxel, counts = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)
+            self.voxel = torch.empty_like(self.order)
+            self.voxel[self.order] = voxel
+            self.start = _starts(counts)
+            self.keys, self.same, self.down = [keys], [submanifold_map(keys, 0)], []
+            for level in range(1, levels):
+                keys, down = strided_map(keys)
+                self.keys.append(keys)
+                self.down.append(down)
+                self.same.append(submanifold_map(keys, level))
+
+    def coords(self, level: int = 0) -> Tensor:
+        """(V, 4) int32 voxels of a level in row order."""
+        return unpack(self.keys[level], level)
