@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/ftd demo
+	$(BIN)/ftd compare --src usa --tgt singapore --methods source-only,ftdpp --preset small --out runs/demo
 
 test: setup
 	$(BIN)/ruff check .

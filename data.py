@@ -340,9 +340,7 @@ def _join_nuscenes(root: Path, directory: Path) -> list[tuple[FrameRef, str, str
         if channel[row["sensor_token"]] in ("LIDAR_TOP", "CAM_FRONT")
     }
     data: dict[tuple[str, str], dict[str, Any]] = {}  # (sample token, channel) -> its key-frame file
-    for row in _table(
-        directory, "sample_data", lambda row: row["is_key_frame"] and row["calibrated_sensor_token"] in sensors
-    ):
+    for row in _table(directory, "sample_data", lambda row: row["is_key_frame"] and row["calibrated_sensor_token"] in sensors):
         data[row["sample_token"], channel[sensors[row["calibrated_sensor_token"]]["sensor_token"]]] = row
     wanted = {row["ego_pose_token"] for row in data.values()}
     poses = {row["token"]: row for row in _table(directory, "ego_pose", lambda row: row["token"] in wanted)}
@@ -354,9 +352,7 @@ def _join_nuscenes(root: Path, directory: Path) -> list[tuple[FrameRef, str, str
     categories = tuple((r["index"], r["name"]) for r in _table(directory, "category")) if lidarseg else ()
 
     frames = []
-    for sample in sorted(
-        _table(directory, "sample"), key=lambda row: (scenes[row["scene_token"]]["name"], row["timestamp"])
-    ):
+    for sample in sorted(_table(directory, "sample"), key=lambda row: (scenes[row["scene_token"]]["name"], row["timestamp"])):
         scene, token = scenes[sample["scene_token"]], sample["token"]
         lidar, camera = data[token, "LIDAR_TOP"], data[token, "CAM_FRONT"]
         moves = [  # sensor -> ego -> global at the sweep's time, global -> ego -> camera at the image's
@@ -447,11 +443,7 @@ def _list_kitti(root: Path, domain: Domain, split: str | None, version: str | No
 
 
 def list_frames(
-    root: str | Path,
-    domain: Domain,
-    split: str | None,
-    version: str | None = None,
-    frames: Sequence[str] | None = None,
+    root: str | Path, domain: Domain, split: str | None, version: str | None = None, frames: Sequence[str] | None = None
 ) -> list[FrameRef]:
     """The frames of a split in a fixed order (scene, then time); `split` None: of all scenes.
 
@@ -732,12 +724,7 @@ def prepare(
 
 
 def _write(
-    partial: Path,
-    identity: dict[str, Any],
-    refs: list[FrameRef],
-    table: Array,
-    size: tuple[int, int] | None,
-    tell: Progress,
+    partial: Path, identity: dict[str, Any], refs: list[FrameRef], table: Array, size: tuple[int, int] | None, tell: Progress
 ) -> list[dict[str, Any]]:
     """Appends the frames to the flat files. progress.jsonl holds the identity, then a line a frame; a chunk's lines are
     written after its data has reached the disk, so whatever lies behind the last line is cut off on resume."""

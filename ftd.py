@@ -21,21 +21,31 @@ if TYPE_CHECKING:
     from ftdpp.losses import Recipe
     from ftdpp.train import Run, Score, Source
 
-app = typer.Typer(name="ftd", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
-                  help="Camera + LiDAR domain adaptation for 3D semantic segmentation (FtD++).")
+app = typer.Typer(
+    name="ftd",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Camera + LiDAR domain adaptation for 3D semantic segmentation (FtD++).",
+)
 data_app = typer.Typer(no_args_is_help=True, help="Look at data sets, prepare them, or make the built-in street world.")
 app.add_typer(data_app, name="data")
 
 FAILED, USAGE, DATA, NON_FINITE, OUT_OF_MEMORY, INTERRUPTED = 1, 2, 3, 4, 5, 130
 
 # Options that several commands share.
-Src = Annotated[str, typer.Option(help="Labelled source domain: usa, day, skitti (vkitti and a2d2 have recipes, their readers follow).")]
+Src = Annotated[
+    str, typer.Option(help="Labelled source domain: usa, day, skitti (vkitti and a2d2 have recipes, their readers follow).")
+]
 Tgt = Annotated[str, typer.Option(help="Unlabelled target domain: singapore, night, skitti.")]
 Data = Annotated[Path | None, typer.Option("--data", help="Root of the data set. Without it: the built-in street world.")]
 Version = Annotated[str | None, typer.Option("--data-version", help="nuScenes version folder, e.g. v1.0-mini.")]
 Cache = Annotated[Path | None, typer.Option(help="Folder of prepared data; default $FTD_CACHE or ~/.cache/ftd.")]
 Preset = Annotated[str | None, typer.Option(help="paper or small; default: paper on a GPU, small on a CPU.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Override a number of the recipe; repeatable.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Override a number of the recipe; repeatable.")
+]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if there is one.")]
 Workers = Annotated[int | None, typer.Option(help="Data loading processes; default: 0 on up to four cores.", min=0)]
 Checkpoint = Annotated[str, typer.Option(help="best (by validation mIoU) or last.")]
@@ -117,8 +127,14 @@ def _bar(console: Console) -> Iterator[Callable[[int, int, str], None]]:
     """A progress bar fed by `progress(done, total, what)`, one line per kind of work."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console,
-                  transient=True) as bar:
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    ) as bar:
         tasks: dict[str, Any] = {}
 
         def tell(done: int, total: int, what: str) -> None:
@@ -138,19 +154,30 @@ def _world(src: str, tgt: str, cache: Path, console: Console) -> Path:
 
     if (src, tgt) not in BUILT_IN:
         pairs = ", ".join(f"--src {a} --tgt {b}" for a, b in BUILT_IN)
-        raise _fail(f"there is no built-in world for {src} -> {tgt} (there is for {pairs}); name the data set's root with --data", USAGE)
+        raise _fail(
+            f"there is no built-in world for {src} -> {tgt} (there is for {pairs}); name the data set's root with --data", USAGE
+        )
     size = "-".join(str(n) for n in synth.DEFAULT_FRAMES.values())
     root = cache / f"world-{src}-{tgt}-v{synth.VERSION}-{size}"
-    console.print("BUILT-IN STREET WORLD: no --data was given, so this runs on generated streets, not on a real data set.",
-                  style="bold black on yellow")
+    console.print(
+        "BUILT-IN STREET WORLD: no --data was given, so this runs on generated streets, not on a real data set.",
+        style="bold black on yellow",
+    )
     if not root.is_dir():
         with _bar(console) as tell:
             synth.write_world(root, src, tgt, progress=lambda done, total: tell(done, total, "building the street world"))
     return root
 
 
-def _sources(src: str, tgt: str, roots: tuple[Path | None, Path | None], version: str | None, frames: tuple[str | None, str | None],
-             cache: Path, console: Console) -> tuple[Source, Source]:
+def _sources(
+    src: str,
+    tgt: str,
+    roots: tuple[Path | None, Path | None],
+    version: str | None,
+    frames: tuple[str | None, str | None],
+    cache: Path,
+    console: Console,
+) -> tuple[Source, Source]:
     from ftdpp.train import Source
 
     world = _world(src, tgt, cache, console) if None in roots else None
@@ -187,8 +214,20 @@ def _git_hash() -> str | None:
     return found.stdout.strip() or None
 
 
-def _make_run(r: Recipe, seed: int, out: Path, src: Source, tgt: Source, val: Source, pseudo: Path | None, device: Any,
-              workers: int | None, cache: Path, pretrained: str | None, console: Console) -> tuple[Run, list[tuple[str, str, str]]]:
+def _make_run(
+    r: Recipe,
+    seed: int,
+    out: Path,
+    src: Source,
+    tgt: Source,
+    val: Source,
+    pseudo: Path | None,
+    device: Any,
+    workers: int | None,
+    cache: Path,
+    pretrained: str | None,
+    console: Console,
+) -> tuple[Run, list[tuple[str, str, str]]]:
     """Prepare the splits that a recipe needs. Returns the run and what was decided on the way."""
     from ftdpp import train
     from ftdpp.data import DOMAINS, splits
@@ -207,18 +246,28 @@ def _make_run(r: Recipe, seed: int, out: Path, src: Source, tgt: Source, val: So
         else:
             index = val.index("val", r, cache, tell)
             if not len(index) or index.fingerprint["unlabelled_frames"]:
-                index, reason = None, "none: there is no frame, or a frame without labels, in the target's val split here"
+                index, reason = (None, "none: there is no frame, or a frame without labels, in the target's val split here")
     labels = train.PseudoLabels(pseudo, r, unlabelled) if pseudo and unlabelled is not None else None
     cores = os.cpu_count() or 1
     count = (0 if cores <= 4 else min(8, cores // 2)) if workers is None else workers
     run = train.Run(out, r, seed, labelled, unlabelled, index, labels, device, count, pretrained)
-    facts = [(side, f"{len(i)} frames, {i.fingerprint['points']:,} points", f"{i.identity['domain']} {i.identity['split'] or 'chosen frames'}: {why}")
-             for side, i, why in [*(("labelled", i, "supervised loss") for i in labelled),
-                                  *([("unlabelled", unlabelled, "adaptation, labels never read")] if unlabelled is not None else [])]]
+    facts = [
+        (
+            side,
+            f"{len(i)} frames, {i.fingerprint['points']:,} points",
+            f"{i.identity['domain']} {i.identity['split'] or 'chosen frames'}: {why}",
+        )
+        for side, i, why in [
+            *(("labelled", i, "supervised loss") for i in labelled),
+            *([("unlabelled", unlabelled, "adaptation, labels never read")] if unlabelled is not None else []),
+        ]
+    ]
     facts.append(("validation", f"{len(index)} frames" if index is not None else "off", reason))
     facts.append(("workers", str(count), f"{cores} cores" if workers is None else "--workers"))
     weights = " ".join(f"{w:.2f}" for w in run.recipe.class_weights)
-    facts.append(("class weights", weights, "from the paper" if r.class_weights else "log-smoothed counts of the labelled points"))
+    facts.append(
+        ("class weights", weights, "from the paper" if r.class_weights else "log-smoothed counts of the labelled points")
+    )
     return run, facts
 
 
@@ -228,7 +277,9 @@ class _Drawing:
     def __init__(self, console: Console, total_units: float) -> None:
         from rich.progress import BarColumn, Progress, TextColumn
 
-        self.progress = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), console=console)
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), console=console
+        )
         self.task = self.progress.add_task("starting", total=total_units, note="")
         self.begin: float | None = None
         self.skipped = self.done = 0.0
@@ -244,8 +295,10 @@ class _Drawing:
         self.worked += step.seconds
         eta = (now - self.begin) / self.done * max(self.total - self.skipped - self.done, 0)
         terms = " ".join(f"{k} {v:.2f}" for k, v in step.terms.items())
-        note = (f"{step.iteration} | ETA {int(eta // 60)}:{int(eta % 60):02d} | {step.seconds * 1e3:.0f} ms | "
-                f"data wait {self.waited / max(self.worked, 1e-9):.0%} | {memory / 2**30:.1f} GiB\n{terms}")
+        note = (
+            f"{step.iteration} | ETA {int(eta // 60)}:{int(eta % 60):02d} | {step.seconds * 1e3:.0f} ms | "
+            f"data wait {self.waited / max(self.worked, 1e-9):.0%} | {memory / 2**30:.1f} GiB\n{terms}"
+        )
         self.progress.update(self.task, description=name, completed=self.skipped + self.done, note=note)
 
     def evaluated(self, units: float) -> None:
@@ -253,10 +306,12 @@ class _Drawing:
 
 
 def _cost(r: Recipe) -> float:
-    """Passes of the network in one iteration: 3 for a forward and backward on each domain, 1 for the teacher's forward."""
+    """Work of one iteration, in forward passes of a frame: 3 for a forward and backward on each domain, 1 for the teacher's
+    forward; the fusion module takes as long as four fifths of the rest."""
     from ftdpp.losses import uses_teacher
 
-    return r.batch * (3.0 + (3.0 if r.mimic_tgt or r.pseudo else 0.0) + (1.0 if uses_teacher(r) else 0.0))
+    passes = 3.0 + (3.0 if r.mimic_tgt or r.pseudo else 0.0) + (1.0 if uses_teacher(r) else 0.0)
+    return r.batch * passes * (1.8 if r.fusion else 1.0)
 
 
 def _units(run: Run) -> float:
@@ -265,8 +320,14 @@ def _units(run: Run) -> float:
 
 
 def _validations(run: Run) -> int:
-    return len({*range(run.recipe.val_every, run.recipe.steps + 1, run.recipe.val_every), run.recipe.steps}
-               - set(range(run.iteration + 1))) if run.val is not None else 0
+    return (
+        len(
+            {*range(run.recipe.val_every, run.recipe.steps + 1, run.recipe.val_every), run.recipe.steps}
+            - set(range(run.iteration + 1))
+        )
+        if run.val is not None
+        else 0
+    )
 
 
 def _fit(run: Run, name: str, drawing: _Drawing, board: Any = None) -> None:
@@ -290,9 +351,11 @@ def _fit(run: Run, name: str, drawing: _Drawing, board: Any = None) -> None:
             else:
                 drawing.evaluated(len(run.val) if run.val is not None else 0)
                 best = run.best or {}
-                drawing.progress.console.print(f"  {name}: {event.checkpoint}, {event.domain} {event.split} ({event.frames} frames): mIoU "
-                                               + ", ".join(f"{h} {v:.1%}" for h, v in event.miou.items())
-                                               + (" (best so far)" if best.get("iteration") == run.iteration else ""))
+                drawing.progress.console.print(
+                    f"  {name}: {event.checkpoint}, {event.domain} {event.split} ({event.frames} frames): mIoU "
+                    + ", ".join(f"{h} {v:.1%}" for h, v in event.miou.items())
+                    + (" (best so far)" if best.get("iteration") == run.iteration else "")
+                )
                 if board is not None:
                     for head, value in event.miou.items():
                         board.add_scalar(f"val/{head}", value, run.iteration)
@@ -309,9 +372,16 @@ def _write_run_file(run: Run, src: Source, tgt: Source, argv: list[str]) -> None
     def row(source: Source) -> dict[str, Any]:
         return {**dataclasses.asdict(source), "root": str(source.root)}
 
-    record = {"command": argv, "recipe": dataclasses.asdict(run.recipe), "seed": run.seed, "src": row(src), "tgt": row(tgt),
-              "versions": {"torch": torch.__version__, "python": sys.version.split()[0]}, "git": _git_hash(),
-              "data": [i.fingerprint for i in [*run.labelled, *([run.unlabelled] if run.unlabelled is not None else [])]]}
+    record = {
+        "command": argv,
+        "recipe": dataclasses.asdict(run.recipe),
+        "seed": run.seed,
+        "src": row(src),
+        "tgt": row(tgt),
+        "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
+        "git": _git_hash(),
+        "data": [i.fingerprint for i in [*run.labelled, *([run.unlabelled] if run.unlabelled is not None else [])]],
+    }
     run.out.mkdir(parents=True, exist_ok=True)
     (run.out / "run.json").write_text(json.dumps(record, indent=1))
 
@@ -319,7 +389,9 @@ def _write_run_file(run: Run, src: Source, tgt: Source, argv: list[str]) -> None
 @app.command()
 @guarded
 def train(
-    src: Src, tgt: Tgt, method: Annotated[str, typer.Option(help="See: ftd recipes.")] = "ftdpp",
+    src: Src,
+    tgt: Tgt,
+    method: Annotated[str, typer.Option(help="See: ftd recipes.")] = "ftdpp",
     preset: Preset = None,
     steps: Annotated[int | None, typer.Option(help="Iterations; default: the recipe's.", min=1)] = None,
     seed: int = 0,
@@ -335,10 +407,15 @@ def train(
     pseudo: Annotated[Path | None, typer.Option(help="Second stage: train on these pseudo-labels (from ftd pseudo).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     pretrained: Annotated[str | None, typer.Option(help="ImageNet weights of ResNet-34: a .pth file, or download.")] = None,
-    set_: Sets = None, device: Device = None, workers: Workers = None, cache: Cache = None,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files too (needs the tensorboard extra).")] = False,
+    set_: Sets = None,
+    device: Device = None,
+    workers: Workers = None,
+    cache: Cache = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write event files too (needs the tensorboard extra).")
+    ] = False,
 ) -> None:
-    """Train a model on SRC and adapt it to TGT. Leaves last.safetensors, best.safetensors, log.csv and run.json in the run folder."""
+    """Train on SRC, adapt to TGT. Leaves last.safetensors, best.safetensors, log.csv and run.json in the run folder."""
     from ftdpp import kernels, losses
     from ftdpp import train as engine
     from ftdpp.data import DOMAINS
@@ -361,15 +438,33 @@ def train(
     if resume and not (out / "last.safetensors").exists():
         raise _fail(f"{out}: nothing to resume, there is no last.safetensors; leave --resume out to begin", USAGE)
     folder, folder_why = _cache(cache)
-    source, target = _sources(src, tgt, (src_data or data, tgt_data or data), data_version, (src_frames, tgt_frames), folder, console)
+    source, target = _sources(
+        src, tgt, (src_data or data, tgt_data or data), data_version, (src_frames, tgt_frames), folder, console
+    )
     val = engine.Source(tgt, target.root, target.version, val_frames.split(",") if val_frames else None)
     run, facts = _make_run(r, seed, out, source, target, val, pseudo, dev, workers, folder, pretrained, console)
     name, why = kernels.backend()
-    _facts(console, [
-        ("method", f"{method}, {r.scenario}{', second stage' if pseudo else ''}", f"{r.steps} iterations of {r.batch} frames a domain"),
-        ("preset", preset, preset_why), ("device", str(dev), dev_why), ("kernels", name, why),
-        ("dtype", "float32", "the only one so far"), ("cache", str(folder), folder_why),
-        ("ImageNet weights", pretrained or "none", "--pretrained" if pretrained else "none given; the paper starts from them"), *facts])
+    _facts(
+        console,
+        [
+            (
+                "method",
+                f"{method}, {r.scenario}{', second stage' if pseudo else ''}",
+                f"{r.steps} iterations of {r.batch} frames a domain",
+            ),
+            ("preset", preset, preset_why),
+            ("device", str(dev), dev_why),
+            ("kernels", name, why),
+            ("dtype", "float32", "the only one so far"),
+            ("cache", str(folder), folder_why),
+            (
+                "ImageNet weights",
+                pretrained or "none",
+                "--pretrained" if pretrained else "none given; the paper starts from them",
+            ),
+            *facts,
+        ],
+    )
     if resume:
         run.resume()
         console.print(f"resuming {out} at iteration {run.iteration} of {r.steps}")
@@ -386,7 +481,11 @@ def train(
         _fit(run, method, drawing, board)
     if board is not None:
         board.close()
-    chosen = f"iteration {run.best['iteration']} by {run.best['split']} mIoU" if run.best else "the last iteration: nothing to select by"
+    chosen = (
+        f"iteration {run.best['iteration']} by {run.best['split']} mIoU"
+        if run.best
+        else "the last iteration: nothing to select by"
+    )
     console.print(f"done: {run.last_path}, {run.best_path} ({chosen})")
 
 
@@ -415,12 +514,12 @@ def _run_source(run: Path, side: str, domain: str | None, data: Path | None, ver
     if data is not None:
         if domain is None and stored is None:
             raise RunError(f"{run}: no run.json beside it; say which domain --data holds with --domain")
-        return Source(domain or stored["domain"], data.resolve(), version, chosen)
+        return Source(domain or (stored or {})["domain"], data.resolve(), version, chosen)
     if stored is None:
         raise RunError(f"{run}: no run.json beside it, so where its data lies is unknown; name it with --data and --domain")
     if domain is not None and domain != stored["domain"]:
         stored = json.loads(record.read_text())["src" if side == "tgt" else "tgt"]
-        if domain != stored["domain"]:
+        if stored is None or domain != stored["domain"]:
             raise RunError(f"{run}: was not trained on {domain}; name its root with --data")
     return Source(stored["domain"], Path(stored["root"]), version or stored["version"], chosen)
 
@@ -450,10 +549,12 @@ def evaluate(
     checkpoint: Checkpoint = "best",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     domain: Annotated[str | None, typer.Option(help="Domain to evaluate on; default: the run's target.")] = None,
-    data: Data = None, data_version: Version = None,
+    data: Data = None,
+    data_version: Version = None,
     frames: Annotated[str | None, typer.Option(help="Only these frames: tokens, comma-separated.")] = None,
     overlay: Annotated[Path | None, typer.Option(help="Folder for pictures of the first frames' predictions.")] = None,
-    device: Device = None, cache: Cache = None,
+    device: Device = None,
+    cache: Cache = None,
 ) -> None:
     """Evaluate a checkpoint: point-level IoU of 2D, 3D and 2D+3D, per class."""
     from ftdpp import train as engine
@@ -476,8 +577,13 @@ def evaluate(
         return
     from rich.console import Console
 
-    Console().print(_score_table([score], f"{r.method}, {score.checkpoint}, on {score.domain} {score.split}: {score.frames} frames, "
-                                          f"{score.points:,} labelled points; IoU in percent"))
+    Console().print(
+        _score_table(
+            [score],
+            f"{r.method}, {score.checkpoint}, on {score.domain} {score.split}: {score.frames} frames, "
+            f"{score.points:,} labelled points; IoU in percent",
+        )
+    )
 
 
 def _overlays(folder: Path, model: Any, index: Any, r: Recipe, dev: Any, console: Console, count: int = 4) -> None:
@@ -511,11 +617,13 @@ def pseudo(
     out: Annotated[Path, typer.Option(help="File to write, .safetensors.")],
     checkpoint: Checkpoint = "last",
     split: Annotated[str | None, typer.Option(help="Target split; default: the one the run adapted to.")] = None,
-    data: Data = None, data_version: Version = None,
+    data: Data = None,
+    data_version: Version = None,
     domain: Annotated[str | None, typer.Option(help="Domain of --data; default: the run's target.")] = None,
     frames: Annotated[str | None, typer.Option(help="Only these frames: tokens, comma-separated.")] = None,
     overlay: Annotated[Path | None, typer.Option(help="Folder for pictures of the first frames' predictions.")] = None,
-    device: Device = None, cache: Cache = None,
+    device: Device = None,
+    cache: Cache = None,
 ) -> None:
     """Predict the target training frames and keep the confident labels, for a second stage: ftd train ... --pseudo FILE."""
     from rich.table import Table
@@ -535,13 +643,22 @@ def pseudo(
         found = engine.write_pseudo_labels(out, model, index, r, f"{path.name}, iteration {meta['iteration']}", dev, tell)
     if overlay is not None:
         _overlays(overlay, model, index, r, dev, console)
-    table = Table(title=f"{out}: {found['frames']} frames of {index.identity['domain']} {index.identity['split'] or 'chosen frames'}, "
-                        f"by {r.method}, {found['checkpoint']}", title_justify="left")
+    table = Table(
+        title=f"{out}: {found['frames']} frames of {index.identity['domain']} {index.identity['split'] or 'chosen frames'}, "
+        f"by {r.method}, {found['checkpoint']}",
+        title_justify="left",
+    )
     for column in ("class", "2D threshold", "2D kept", "of", "3D threshold", "3D kept", "of"):
         table.add_column(column, justify="left" if column == "class" else "right")
     for c, name in enumerate(found["class_names"]):
-        table.add_row(name, *(x for m in ("2d", "3d") for x in (f"{found[f'thresholds_{m}'][c]:.3f}", f"{found[f'kept_{m}'][c]:,}",
-                                                               f"{found[f'predicted_{m}'][c]:,}")))
+        table.add_row(
+            name,
+            *(
+                x
+                for m in ("2d", "3d")
+                for x in (f"{found[f'thresholds_{m}'][c]:.3f}", f"{found[f'kept_{m}'][c]:,}", f"{found[f'predicted_{m}'][c]:,}")
+            ),
+        )
     console.print(table)
 
 
@@ -573,9 +690,13 @@ def compare(
     tgt: Annotated[str, typer.Option(help="Target domain.")] = "singapore",
     methods: Annotated[str, typer.Option(help="Comma-separated; NAME+pl adds the second stage.")] = "source-only,ftdpp",
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0",
-    preset: Preset = None, data: Data = None, data_version: Version = None, set_: Sets = None,
+    preset: Preset = None,
+    data: Data = None,
+    data_version: Version = None,
+    set_: Sets = None,
     out: Annotated[Path, typer.Option(help="Folder of the runs; finished ones are not trained again.")] = Path("runs"),
-    device: Device = None, cache: Cache = None,
+    device: Device = None,
+    cache: Cache = None,
 ) -> None:
     """Train several methods with several seeds, select on val, and compare them on test in one table (also OUT/compare.json)."""
     from ftdpp import losses
@@ -592,17 +713,35 @@ def compare(
             plain, _, stage = method.partition("+")
             if stage not in ("", "pl"):
                 raise losses.RecipeError(f"--methods {method}: expected NAME or NAME+pl")
-            for second in ([False, True] if stage else [False]):
+            for second in [False, True] if stage else [False]:
                 name = plain + ("+pl" if second else "")
                 labels = out / f"{src}-{tgt}-{plain}-seed{seed}.pseudo.safetensors" if second else None
-                job = (name, seed, out / f"{src}-{tgt}-{name}-seed{seed}", labels,
-                       losses.recipe(f"{src}-{tgt}", plain, preset, second, set_ or []))
+                job = (
+                    name,
+                    seed,
+                    out / f"{src}-{tgt}-{name}-seed{seed}",
+                    labels,
+                    losses.recipe(f"{src}-{tgt}", plain, preset, second, set_ or []),
+                )
                 if job not in jobs:
                     jobs.append(job)
 
     def make(job: tuple[str, int, Path, Path | None, Recipe]) -> Run:
         _, seed, path, labels, r = job
-        run, _ = _make_run(r, seed, path, source, target, engine.Source(tgt, target.root, target.version), labels, dev, None, folder, None, console)
+        run, _ = _make_run(
+            r,
+            seed,
+            path,
+            source,
+            target,
+            engine.Source(tgt, target.root, target.version),
+            labels,
+            dev,
+            None,
+            folder,
+            None,
+            console,
+        )
         if run.last_path.exists():
             run.resume()
         return run
@@ -629,11 +768,16 @@ def compare(
                 _write_run_file(run, source, target, sys.argv[1:])
                 _fit(run, f"{name} seed {seed}", drawing)
             model, r, meta = engine.load_student(run.best_path, dev)
-            score = engine.evaluate(model, target.index("test", r, folder), r, f"best.safetensors, iteration {meta['iteration']}", dev)
+            score = engine.evaluate(
+                model, target.index("test", r, folder), r, f"best.safetensors, iteration {meta['iteration']}", dev
+            )
             rows.append({"method": name, **score.as_dict(), "seed": seed})
     (out / "compare.json").write_text(json.dumps(rows, indent=1))
-    _compare_table(rows, f"{src} -> {tgt}, {preset} preset: mIoU in percent on the {target.domain} test split ({rows[0]['frames']} frames), "
-                         f"checkpoint chosen on val, seeds {seeds}")
+    _compare_table(
+        rows,
+        f"{src} -> {tgt}, {preset} preset: mIoU in percent on the {target.domain} test split ({rows[0]['frames']} frames), "
+        f"checkpoint chosen on val, seeds {seeds}",
+    )
 
 
 def _compare_table(rows: list[dict[str, Any]], title: str) -> None:
@@ -682,9 +826,26 @@ def recipes(
     if as_json:
         print(json.dumps(made))
         return
-    shown = ("lr_2d", "lr", "ce_3d", "mimic_src", "mimic_tgt", "distill_single", "distill_fused", "teacher_image", "student_mix",
-             "pseudo_debias", "steps", "milestones", "gamma", "batch")
-    table = Table(title=f"{preset} preset; every number: ftd recipes --json; override one: ftd train ... --set NAME=VALUE", title_justify="left")
+    shown = (
+        "lr_2d",
+        "lr",
+        "ce_3d",
+        "mimic_src",
+        "mimic_tgt",
+        "distill_single",
+        "distill_fused",
+        "teacher_image",
+        "student_mix",
+        "pseudo_debias",
+        "steps",
+        "milestones",
+        "gamma",
+        "batch",
+    )
+    table = Table(
+        title=f"{preset} preset; every number: ftd recipes --json; override one: ftd train ... --set NAME=VALUE",
+        title_justify="left",
+    )
     for column in ("scenario", "method", *shown):
         table.add_column(column, overflow="fold")
     for scenario, methods in made.items():
@@ -709,7 +870,9 @@ def _domain(name: str) -> Any:
 
 @data_app.command("check")
 @guarded
-def data_check(root: Annotated[Path, typer.Argument(help="Root of the data set.")], domain: Domain, data_version: Version = None) -> None:
+def data_check(
+    root: Annotated[Path, typer.Argument(help="Root of the data set.")], domain: Domain, data_version: Version = None
+) -> None:
     """Count what is there and what is missing, split by split, without opening a frame."""
     from rich.console import Console
     from rich.table import Table
@@ -730,12 +893,16 @@ def data_check(root: Annotated[Path, typer.Argument(help="Root of the data set."
 @data_app.command("prepare")
 @guarded
 def data_prepare(
-    root: Annotated[Path, typer.Argument(help="Root of the data set.")], domain: Domain,
+    root: Annotated[Path, typer.Argument(help="Root of the data set.")],
+    domain: Domain,
     split: Annotated[str | None, typer.Option(help="Default: every split of the domain.")] = None,
     classes: Annotated[str, typer.Option(help="street6, vkitti6 or a2d2_10.")] = "street6",
-    size: Annotated[str | None, typer.Option(help="Image size H,W; default: 225,400 for nuScenes, as they are for KITTI.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Image size H,W; default: 225,400 for nuScenes, as they are for KITTI.")
+    ] = None,
     frames: Annotated[str | None, typer.Option(help="Only these frames: tokens, comma-separated.")] = None,
-    data_version: Version = None, cache: Cache = None,
+    data_version: Version = None,
+    cache: Cache = None,
 ) -> None:
     """Project, map labels, resize, and write the memory-mapped index. Training does this by itself when it is missing."""
     from ftdpp import data
@@ -750,11 +917,17 @@ def data_prepare(
         shape = height, width
     for name in [None] if frames else [split] if split else [s for s in data.splits(row) if not s.startswith("train_")]:
         with _bar(console) as tell:
-            index = data.prepare(root, row, name, classes, shape, folder, data_version, frames.split(",") if frames else None, tell)
+            index = data.prepare(
+                root, row, name, classes, shape, folder, data_version, frames.split(",") if frames else None, tell
+            )
         f = index.fingerprint
         counts = ", ".join(f"{n} {c:,}" for n, c in zip(data.CLASS_SETS[classes].names, f["points_per_class"], strict=True))
-        console.print(f"{domain} {name or 'chosen frames'}: {f['frames']} frames ({f['unlabelled_frames']} unlabelled, {f['empty_frames']} empty), "
-                      f"{f['points']:,} points in the image: {counts}, ignored {f['ignored']:,}\n  {index.path}", soft_wrap=True)
+        console.print(
+            f"{domain} {name or 'chosen frames'}: {f['frames']} frames ({f['unlabelled_frames']} unlabelled, "
+            f"{f['empty_frames']} empty), "
+            f"{f['points']:,} points in the image: {counts}, ignored {f['ignored']:,}\n  {index.path}",
+            soft_wrap=True,
+        )
 
 
 @data_app.command("synth")

@@ -128,35 +128,87 @@ _KITTI_IMAGE = {"image": (0, 0), "crop": (302, 480)}
 # release does differently there; the baselines take it too.
 SCENARIOS: dict[str, dict[str, Any]] = {
     "usa-singapore": {
-        **_NUSCENES, "lr_2d": 1e-4, "steps": 60_000, "milestones": (40_000, 50_000), "gamma": 1.0,
-        "class_weights": (1.9241476, 1.0, 2.16763851, 2.78254323, 1.54875664, 1.85686537), "xmuda": _XMUDA},
+        **_NUSCENES,
+        "lr_2d": 1e-4,
+        "steps": 60_000,
+        "milestones": (40_000, 50_000),
+        "gamma": 1.0,
+        "class_weights": (1.9241476, 1.0, 2.16763851, 2.78254323, 1.54875664, 1.85686537),
+        "xmuda": _XMUDA,
+    },
     "day-night": {
-        **_NUSCENES, "lr_2d": 1e-3, "steps": 100_000, "milestones": (80_000, 90_000), "teacher_image": "fda",
+        **_NUSCENES,
+        "lr_2d": 1e-3,
+        "steps": 100_000,
+        "milestones": (80_000, 90_000),
+        "teacher_image": "fda",
         "student_mix": 0.8,
-        "class_weights": (1.97516268, 1.0, 2.10103946, 2.05838738, 1.53985452, 1.54031246), "xmuda": _XMUDA},
+        "class_weights": (1.97516268, 1.0, 2.10103946, 2.05838738, 1.53985452, 1.54031246),
+        "xmuda": _XMUDA,
+    },
     "vkitti-skitti": {
-        **_KITTI, **_KITTI_IMAGE, "classes": "vkitti6", "steps": 60_000, "milestones": (48_000, 56_000),
-        "val_every": 4_000, "ce_3d": 0.1, "pseudo_debias": False,
+        **_KITTI,
+        **_KITTI_IMAGE,
+        "classes": "vkitti6",
+        "steps": 60_000,
+        "milestones": (48_000, 56_000),
+        "val_every": 4_000,
+        "ce_3d": 0.1,
+        "pseudo_debias": False,
         "class_weights": (1.0, 2.03402089, 1.20641905, 2.21588055, 2.59745666, 1.82057006),
-        "xmuda": {**_XMUDA, "steps": 30_000, "milestones": (25_000, 28_000), "mimic_tgt": 0.01}},
+        "xmuda": {**_XMUDA, "steps": 30_000, "milestones": (25_000, 28_000), "mimic_tgt": 0.01},
+    },
     "a2d2-skitti": {
-        **_KITTI, **_KITTI_IMAGE, "classes": "a2d2_10", "steps": 200_000, "milestones": (160_000, 180_000),
-        "val_every": 10_000, "teacher_image": "fda", "student_mix": 0.95,
-        "class_weights": (1.89090012, 2.0585112, 3.1970535, 3.1111633, 1.0, 2.93751704, 1.92053733, 1.47886874, 1.04654198,
-                          1.78266561), "xmuda": {**_XMUDA, "mimic_tgt": 0.01}},
+        **_KITTI,
+        **_KITTI_IMAGE,
+        "classes": "a2d2_10",
+        "steps": 200_000,
+        "milestones": (160_000, 180_000),
+        "val_every": 10_000,
+        "teacher_image": "fda",
+        "student_mix": 0.95,
+        "class_weights": (
+            1.89090012,
+            2.0585112,
+            3.1970535,
+            3.1111633,
+            1.0,
+            2.93751704,
+            1.92053733,
+            1.47886874,
+            1.04654198,
+            1.78266561,
+        ),
+        "xmuda": {**_XMUDA, "mimic_tgt": 0.01},
+    },
 }
 SCENARIOS["usa-singapore-ssda"] = {
-    **SCENARIOS["usa-singapore"], "supervised": "both", "steps": 100_000, "milestones": (80_000, 90_000),
-    "class_weights_tgt": (2.21852335, 1.0, 1.92354397, 1.69109745, 1.50338242, 1.23778486)}
+    **SCENARIOS["usa-singapore"],
+    "supervised": "both",
+    "steps": 100_000,
+    "milestones": (80_000, 90_000),
+    "class_weights_tgt": (2.21852335, 1.0, 1.92354397, 1.69109745, 1.50338242, 1.23778486),
+}
 SCENARIOS["a2d2-skitti-ssda"] = {
-    **SCENARIOS["a2d2-skitti"], "supervised": "both",
-    "class_weights_tgt": (1.44266267, 3.28192912, 2.89684809, 3.40990009, 1.0, 2.22021218, 1.44144653, 1.26582799,
-                          1.03503295, 1.59859966)}
+    **SCENARIOS["a2d2-skitti"],
+    "supervised": "both",
+    "class_weights_tgt": (
+        1.44266267,
+        3.28192912,
+        2.89684809,
+        3.40990009,
+        1.0,
+        2.22021218,
+        1.44144653,
+        1.26582799,
+        1.03503295,
+        1.59859966,
+    ),
+}
 # Not in the paper: the six street classes on SemanticKITTI, to adapt between drives or single scans.
 SCENARIOS["skitti-skitti"] = {**_KITTI_IMAGE, "classes": "street6", "batch": 4, "eval_batch": 1, "xmuda": _XMUDA}
 
-_PLAIN = {"fusion": False, "distill_single": 0.0, "distill_fused": 0.0, "student_mix": 1.0, "ce_3d": 1.0,
-          "pseudo_debias": False}
+_PLAIN = {"fusion": False, "distill_single": 0.0, "distill_fused": 0.0, "student_mix": 1.0, "ce_3d": 1.0, "pseudo_debias": False}
 METHODS: dict[str, dict[str, Any]] = {
     "source-only": {**_PLAIN, "mimic_src": 0.0, "mimic_tgt": 0.0},
     "source-only-fusion": {"mimic_src": 0.0, "mimic_tgt": 0.0, "distill_single": 0.0, "distill_fused": 0.0, "student_mix": 1.0},
@@ -168,12 +220,26 @@ BASED_ON_XMUDA = ("source-only", "xmuda", "target-only")
 NOT_SEMI_SUPERVISED = ("source-only", "source-only-fusion", "target-only")
 
 # A network and a schedule of the same architecture that two CPU cores train in minutes. Without ImageNet weights the 2D
-# branch starts from nothing, so it learns at the rate of the rest; the class weights follow from the data.
+# branch starts from nothing, so it learns at the rate of the rest; the class weights follow from the data. The drop of the
+# rate at the end lets the running statistics (momentum 0.01 in 3D) catch up with the weights before they are used.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "small": {"width": 16, "m": 8, "image": (112, 200), "batch": 4, "steps": 400, "milestones": (), "lr_2d": 2e-3, "lr": 2e-3,
-              "val_every": 100, "save_every": 100, "class_weights": (), "class_weights_tgt": (),
-              "kitti": {"image": (112, 371), "crop": (112, 200)}},
+    "small": {
+        "width": 16,
+        "m": 8,
+        "image": (112, 200),
+        "batch": 4,
+        "steps": 240,
+        "milestones": (180,),
+        "gamma": 0.1,
+        "lr_2d": 2e-3,
+        "lr": 2e-3,
+        "val_every": 80,
+        "save_every": 80,
+        "class_weights": (),
+        "class_weights_tgt": (),
+        "kitti": {"image": (112, 371), "crop": (112, 200)},
+    },
 }
 
 
@@ -188,8 +254,9 @@ def unknown(what: str, found: str, known: Sequence[str]) -> RecipeError:
     return RecipeError(f"unknown {what} {found!r}; {hint}known: {', '.join(known)}")
 
 
-def recipe(scenario: str, method: str = "ftdpp", preset: str = "paper", pseudo: bool = False,
-           overrides: Sequence[str] = ()) -> Recipe:
+def recipe(
+    scenario: str, method: str = "ftdpp", preset: str = "paper", pseudo: bool = False, overrides: Sequence[str] = ()
+) -> Recipe:
     """The recipe of a run: scenario row, method row, preset, second stage, then the user's overrides.
 
     Args:
@@ -273,12 +340,15 @@ def supervised_loss(logits: Tensor, batch: Batch, weight: Tensor, weight_tgt: Te
     if weight_tgt is None:
         return cross_entropy(logits, batch.label, weight)
     is_source = batch.coords[:, 0] < round(0.5 * len(batch.image))
-    return 0.5 * (cross_entropy(logits[is_source], batch.label[is_source], weight)
-                  + cross_entropy(logits[~is_source], batch.label[~is_source], weight_tgt))
+    return 0.5 * (
+        cross_entropy(logits[is_source], batch.label[is_source], weight)
+        + cross_entropy(logits[~is_source], batch.label[~is_source], weight_tgt)
+    )
 
 
-def step(student: CrossModal, teacher: CrossModal | None, labelled: Batch, unlabelled: Batch | None, r: Recipe,
-         coin: bool) -> dict[str, Tensor]:
+def step(
+    student: CrossModal, teacher: CrossModal | None, labelled: Batch, unlabelled: Batch | None, r: Recipe, coin: bool
+) -> dict[str, Tensor]:
     """The loss terms of one iteration, each weighted: their sum is what is minimised, and what is logged.
 
     Args:
@@ -309,8 +379,10 @@ def step(student: CrossModal, teacher: CrossModal | None, labelled: Batch, unlab
             terms["mimic_2d_tgt"], terms["mimic_3d_tgt"] = r.mimic_tgt * kl_2d, r.mimic_tgt * kl_3d
         if r.pseudo:
             assert unlabelled.label_2d is not None and unlabelled.label_3d is not None
-            for name, logits, label, kl in (("pseudo_2d", tgt.main_2d, unlabelled.label_2d, kl_2d),
-                                            ("pseudo_3d", tgt.main_3d, unlabelled.label_3d, kl_3d)):
+            for name, logits, label, kl in (
+                ("pseudo_2d", tgt.main_2d, unlabelled.label_2d, kl_2d),
+                ("pseudo_3d", tgt.main_3d, unlabelled.label_3d, kl_3d),
+            ):
                 # One factor a batch and modality: little trust where the modalities disagree. Released: not detached.
                 trust = torch.exp(-(kl.detach() if r.pseudo_detach else kl)) if r.pseudo_debias else 1.0
                 terms[name] = r.pseudo * trust * cross_entropy(logits, label)

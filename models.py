@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ftdpp.kernels import Pyramid, pixel_to_point, sparse_conv, voxel_mean, voxel_to_point
+from ftdpp.kernels import KernelMap, Pyramid, pixel_to_point, sparse_conv, voxel_mean, voxel_to_point
 
 RESNET34_URL = "https://download.pytorch.org/models/resnet34-b627a593.pth"
 
@@ -81,8 +82,9 @@ class UNet2D(nn.Module):
         wide = [w, w, 2 * w, 4 * w, 8 * w]  # channels of the skips at 1/1, 1/2, 1/4, 1/8, and of the deepest stage
         self.up = nn.ModuleList(_conv_bn_relu(nn.ConvTranspose2d(wide[i + 1], wide[i], 2, 2), wide[i]) for i in range(4))
         self.merge = nn.ModuleList(
-            nn.Conv2d(2 * w, w, 3, padding=1) if i == 0
-            else _conv_bn_relu(nn.Conv2d(2 * wide[i], wide[i], 3, padding=1), wide[i]) for i in range(4))
+            nn.Conv2d(2 * w, w, 3, padding=1) if i == 0 else _conv_bn_relu(nn.Conv2d(2 * wide[i], wide[i], 3, padding=1), wide[i])
+            for i in range(4)
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         h, w = image.shape[-2:]
@@ -110,8 +112,10 @@ def load_imagenet(trunk: UNet2D, file: str | Path | None = None) -> None:
     wanted = {k: v for k, v in trunk.state_dict().items() if not k.startswith(("up.", "merge."))}
     bad = [k for k, v in wanted.items() if k not in state or state[k].shape != v.shape]
     if bad:
-        raise ValueError(f"{file or RESNET34_URL}: not torchvision's ResNet-34 for a trunk of width "
-                         f"{trunk.conv1.out_channels}; {len(bad)} tensors are missing or of another shape, first {bad[0]}")
+        raise ValueError(
+            f"{file or RESNET34_URL}: not torchvision's ResNet-34 for a trunk of width "
+            f"{trunk.conv1.out_channels}; {len(bad)} tensors are missing or of another shape, first {bad[0]}"
+        )
     trunk.load_state_dict({k: state[k] for k in wanted}, strict=False)
 
 
@@ -125,6 +129,9 @@ class SparseConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(offsets, cin, cout) * (2.0 / (cin * offsets)) ** 0.5)
 
+    def forward(self, x: Tensor, kmap: KernelMap) -> Tensor:
+        return sparse_conv(x, self.weight, kmap)
+
 
 class NormReLUConv(nn.Module):
     """BatchNorm, ReLU, sparse convolution: the only building block of the sparse U-Net."""
@@ -133,6 +140,9 @@ class NormReLUConv(nn.Module):
         super().__init__()
         self.norm = SparseBatchNorm(cin)
         self.conv = SparseConv(offsets, cin, cout)
+
+    def forward(self, x: Tensor, kmap: KernelMap) -> Tensor:
+        return self.conv(self.norm(x), kmap)
 
 
 class SparseBatchNorm(nn.BatchNorm1d):
@@ -162,27 +172,24 @@ class UNet3D(nn.Module):
         self.levels = levels
         self.stem = SparseConv(27, cin, m)
         self.encode = nn.ModuleList(NormReLUConv(27, a, a) for a in c)
-        self.down = nn.ModuleList(NormReLUConv(8, a, b) for a, b in zip(c, c[1:], strict=False))
-        self.up = nn.ModuleList(NormReLUConv(8, b, a) for a, b in zip(c, c[1:], strict=False))
+        self.down = nn.ModuleList(NormReLUConv(8, a, b) for a, b in pairwise(c))
+        self.up = nn.ModuleList(NormReLUConv(8, b, a) for a, b in pairwise(c))
         self.decode = nn.ModuleList(NormReLUConv(27, 2 * a, a) for a in c[:-1])
         self.norm = SparseBatchNorm(m)
 
     def forward(self, feat: Tensor, pyramid: Pyramid) -> Tensor:
         """feat (N, cin) of points, averaged in their voxels; returns (N, m), equal for the points of a voxel."""
 
-        def block(part: nn.Module, x: Tensor, kmap) -> Tensor:  # type: ignore[no-untyped-def]
-            return sparse_conv(part.norm(x), part.conv.weight, kmap)
-
-        x = sparse_conv(voxel_mean(feat, pyramid), self.stem.weight, pyramid.same[0])
+        x = self.stem(voxel_mean(feat, pyramid), pyramid.same[0])
         skips = []
         for level in range(self.levels - 1):
-            x = block(self.encode[level], x, pyramid.same[level])
+            x = self.encode[level](x, pyramid.same[level])
             skips.append(x)
-            x = block(self.down[level], x, pyramid.down[level])
-        x = block(self.encode[-1], x, pyramid.same[-1])
+            x = self.down[level](x, pyramid.down[level])
+        x = self.encode[-1](x, pyramid.same[-1])
         for level in reversed(range(self.levels - 1)):
-            x = block(self.up[level], x, pyramid.down[level].transposed)
-            x = block(self.decode[level], torch.cat([skips[level], x], 1), pyramid.same[level])
+            x = self.up[level](x, pyramid.down[level].transposed)
+            x = self.decode[level](torch.cat([skips[level], x], 1), pyramid.same[level])
         return voxel_to_point(self.norm(x), pyramid)
 
 
@@ -195,8 +202,9 @@ class CBAM(nn.Module):
     def __init__(self, channels: int, reduction: int = 4) -> None:
         super().__init__()
         hidden = max(channels // reduction, 1)
-        self.channel = nn.Sequential(nn.Conv2d(channels, hidden, 1, bias=False), nn.ReLU(inplace=True),
-                                     nn.Conv2d(hidden, channels, 1, bias=False))
+        self.channel = nn.Sequential(
+            nn.Conv2d(channels, hidden, 1, bias=False), nn.ReLU(inplace=True), nn.Conv2d(hidden, channels, 1, bias=False)
+        )
         self.spatial = nn.Conv2d(2, 1, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -226,15 +234,16 @@ class ExternalAttention(nn.Module):
     what else is in the batch. It stays in fp32, since its values are about 1/N.
     """
 
-    HEADS, SLOTS = 32, 64
+    SLOTS = 64
 
-    def __init__(self, channels: int, dropout: float = 0.2) -> None:
+    def __init__(self, channels: int, heads: int = 32, dropout: float = 0.2) -> None:
         super().__init__()
-        if channels % 8:
-            raise ValueError(f"external attention needs channels divisible by 8; found {channels}")
+        if 4 * channels % heads:
+            raise ValueError(f"external attention: 4 x {channels} channels cannot be split into {heads} heads")
+        self.heads, d = heads, 4 * channels // heads
         self.expand = nn.Linear(channels, 4 * channels)
-        self.key = nn.Linear(channels // 8, self.SLOTS)
-        self.value = nn.Linear(self.SLOTS, channels // 8)
+        self.key = nn.Linear(d, self.SLOTS)
+        self.value = nn.Linear(self.SLOTS, d)
         self.project = nn.Linear(4 * channels, channels)
         self.dropout = nn.Dropout(dropout)
 
@@ -255,24 +264,25 @@ class ExternalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Head by head: (N, 64) stays in a CPU's cache where (32, N, 64) would not.
-        heads = self.expand(x).view(len(x), self.HEADS, -1).unbind(1)
+        heads = self.expand(x).view(len(x), self.heads, -1).unbind(1)
         return self.dropout(self.project(torch.cat([self.attend(h) for h in heads], 1)))
 
 
 class Fusion(nn.Module):
     """Modality-fusion module: feature map (B, C2, H, W) and point features (N, C3) -> (N, C2 + C3).
 
-    Both inputs are detached here: fusion learns from the 2D losses without pushing gradient into either trunk.
+    Both inputs are detached here: fusion learns from the 2D losses without pushing gradient into either trunk. The number of
+    heads scales with C2 (32 at the paper's 64), so that a head keeps its width in a narrower network.
     """
 
     def __init__(self, c2: int, c3: int, dropout: float = 0.2) -> None:
         super().__init__()
-        c = c2 + c3
+        c, heads = c2 + c3, c2 // 2
         self.cbam = CBAM(c2)
-        self.attend_2d = ExternalAttention(c2, dropout)
-        self.attend_3d = ExternalAttention(c3, dropout)
+        self.attend_2d = ExternalAttention(c2, heads, dropout)
+        self.attend_3d = ExternalAttention(c3, heads, dropout)
         self.mix = nn.Linear(c, c)
-        self.attend = ExternalAttention(c, dropout)
+        self.attend = ExternalAttention(c, heads, dropout)
         self.out = nn.Linear(c, c)
         self.norm = nn.BatchNorm1d(c)
 
@@ -336,11 +346,14 @@ class CrossModal(nn.Module):
         dropout: of the 2D encoder and of the attention; (0.4, 0.2) in the paper.
     """
 
-    def __init__(self, classes: int, width: int = 64, m: int = 16, fusion: bool = True,
-                 dropout: tuple[float, float] = (0.4, 0.2)) -> None:
+    def __init__(
+        self, classes: int, width: int = 64, m: int = 16, fusion: bool = True, dropout: tuple[float, float] = (0.4, 0.2)
+    ) -> None:
         super().__init__()
-        # Channels last: convolutions on a CPU and on tensor cores want it, and a point then reads its pixel's features in one piece.
-        self.net_2d = Net2D(classes, width, width + m if fusion else 0, dropout[0]).to(memory_format=torch.channels_last)
+        # Channels last: convolutions on a CPU and on tensor cores want it, and a point then reads the features of its
+        # pixel in one piece.
+        self.net_2d = Net2D(classes, width, width + m if fusion else 0, dropout[0])
+        self.net_2d.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stub
         self.net_3d = Net3D(classes, m)
         self.fusion = Fusion(width, m, dropout[1]) if fusion else None
 
@@ -375,13 +388,18 @@ _RELEASED_2D = [
     (r"^proj_head1\.", lambda m: "fused_in."),
     (r"^proj_head2\.", lambda m: "fused_out."),
 ]
-_RELEASED_HEADS = [
-    (r"^cls_head1\.", lambda m: "main."),
-    (r"^cls_head2\.", lambda m: "mimic."),
-]
+_RELEASED_HEADS = [(r"^cls_head1\.", lambda m: "main."), (r"^cls_head2\.", lambda m: "mimic.")]
 # SparseConvNet nests each level in the branch of the one above: `.1.1.2` once a level.
-_RELEASED_LEVEL = {"0.0": "encode.{}.norm", "0.1": "encode.{}.conv", "1.1.0": "down.{}.norm", "1.1.1": "down.{}.conv",
-                   "1.1.3": "up.{}.norm", "1.1.4": "up.{}.conv", "3.0": "decode.{}.norm", "3.1": "decode.{}.conv"}
+_RELEASED_LEVEL = {
+    "0.0": "encode.{}.norm",
+    "0.1": "encode.{}.conv",
+    "1.1.0": "down.{}.norm",
+    "1.1.1": "down.{}.conv",
+    "1.1.3": "up.{}.norm",
+    "1.1.4": "up.{}.conv",
+    "3.0": "decode.{}.norm",
+    "3.1": "decode.{}.conv",
+}
 _RELEASED_FUSION = [
     (r"^cbam\.ca\.se\.", lambda m: "cbam.channel."),
     (r"^cbam\.sa\.conv\.", lambda m: "cbam.spatial."),

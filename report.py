@@ -12,10 +12,23 @@ from ftdpp.data import UNLABELLED, Frame
 
 # One colour a class name, shared by all class sets where the names agree; readable on grey asphalt and for the colour-blind.
 COLOURS = {
-    "vehicle": (230, 75, 53), "driveable_surface": (150, 110, 200), "sidewalk": (240, 160, 200), "terrain": (190, 170, 60),
-    "manmade": (80, 150, 230), "vegetation": (60, 170, 90), "vegetation_terrain": (60, 170, 90), "building": (80, 150, 230),
-    "road": (150, 110, 200), "object": (245, 190, 65), "truck": (170, 50, 40), "car": (230, 75, 53), "bike": (90, 220, 220),
-    "person": (250, 120, 30), "parking": (110, 80, 150), "nature": (60, 170, 90), "other-objects": (245, 190, 65),
+    "vehicle": (230, 75, 53),
+    "driveable_surface": (150, 110, 200),
+    "sidewalk": (240, 160, 200),
+    "terrain": (190, 170, 60),
+    "manmade": (80, 150, 230),
+    "vegetation": (60, 170, 90),
+    "vegetation_terrain": (60, 170, 90),
+    "building": (80, 150, 230),
+    "road": (150, 110, 200),
+    "object": (245, 190, 65),
+    "truck": (170, 50, 40),
+    "car": (230, 75, 53),
+    "bike": (90, 220, 220),
+    "person": (250, 120, 30),
+    "parking": (110, 80, 150),
+    "nature": (60, 170, 90),
+    "other-objects": (245, 190, 65),
 }
 IGNORED = (120, 120, 120)
 

@@ -197,9 +197,7 @@ _SSDA_UNLABELLED = (
 )
 NAMES: dict[str, dict[str, list[str]]] = {
     "boston": {
-        "train": _names(
-            "0161-0168 0170-0176 0200 0202-0204 0206-0214 0218-0220 0222 0224-0260 0283-0306 0440-0459 0499-0502"
-        ),
+        "train": _names("0161-0168 0170-0176 0200 0202-0204 0206-0214 0218-0220 0222 0224-0260 0283-0306 0440-0459 0499-0502"),
         "val": _names("0700-0701 0703-0719 0726-0728 0730-0731"),
         "test": _names("0552-0565 0625-0627 0629-0630 0632-0638 0904-0917 0919-0931"),
     },
@@ -257,9 +255,7 @@ def _compose(a: Array, b: Array) -> Array:
 
 
 def _euler(yaw: float, pitch: float = 0.0, roll: float = 0.0) -> Array:
-    about = [
-        np.array([math.cos(a / 2), *(math.sin(a / 2) * np.eye(3)[k])]) for a, k in ((yaw, 2), (pitch, 1), (roll, 0))
-    ]
+    about = [np.array([math.cos(a / 2), *(math.sin(a / 2) * np.eye(3)[k])]) for a, k in ((yaw, 2), (pitch, 1), (roll, 0))]
     return _compose(_compose(about[0], about[1]), about[2])
 
 
@@ -348,9 +344,7 @@ def _vehicle(s: Scene, base: Pose, rng: np.random.Generator) -> None:
         s.put(base, BALL, label, (-0.15, 0, 1.12), (0.22, 0.25, 0.42), _pick(rng, s.city.paint, 0.4))
         s.put(base, BALL, label, (-0.08, 0, 1.62), (0.15, 0.14, 0.16), head)
         return
-    length, width, label = ((2.25, 0.9, CAR), (2.75, 1, TRUCK), (2.4, 0.98, CAR), (4.2, 1.2, TRUCK), (5.6, 1.25, BUS))[
-        kind
-    ]
+    length, width, label = ((2.25, 0.9, CAR), (2.75, 1, TRUCK), (2.4, 0.98, CAR), (4.2, 1.2, TRUCK), (5.6, 1.25, BUS))[kind]
     length *= size
     if kind == 0:
         s.put(base, BOX, label, (0, 0, 0.61), (length, width, 0.33), color, taper=(0.16, 0.10))
@@ -543,12 +537,7 @@ def build_scene(world: str, city: str, key: tuple[int, ...], travel: float, time
     whole scene (the street is built as far as it will see). time: seconds since the scene's start; moves the traffic.
     """
     c, light, rng = CITIES[city], WORLDS[world].light, np.random.default_rng(key)
-    lanes, parking, lane, crossing = (
-        int(rng.choice([1, 1, 1, 2])),
-        rng.random() < 0.33,
-        rng.uniform(3, 3.4),
-        rng.random(),
-    )
+    lanes, parking, lane, crossing = (int(rng.choice([1, 1, 1, 2])), rng.random() < 0.33, rng.uniform(3, 3.4), rng.random())
     azimuth, elevation = rng.uniform(-math.pi, math.pi), math.radians(rng.uniform(*light.elevation))
     flat = math.cos(elevation)
     sun = np.array([math.cos(azimuth) * flat, math.sin(azimuth) * flat, math.sin(elevation)])
@@ -736,9 +725,7 @@ def _box_window(u: Array, v: Array, valid: Array, whole: Array, shape: tuple[int
 
 def _camera_rays(position: Array, rotation: Array, oversample: int) -> Rays:
     shape = HEIGHT * oversample, WIDTH * oversample
-    v, u = np.meshgrid(
-        (np.arange(shape[0]) + 0.5) / oversample, (np.arange(shape[1]) + 0.5) / oversample, indexing="ij"
-    )
+    v, u = np.meshgrid((np.arange(shape[0]) + 0.5) / oversample, (np.arange(shape[1]) + 0.5) / oversample, indexing="ij")
     local = np.stack([(u - _CU) / _FOCAL, (v - _CV) / _FOCAL, np.ones_like(u)])
     local /= np.sqrt((local**2).sum(0))
     d = [sum(rotation[k, j] * local[j] for j in range(3)).astype(np.float32) for k in range(3)]
@@ -774,10 +761,7 @@ def _lidar_rays(position: Array, rotation: Array) -> tuple[Rays, Array]:
         rows = [(v - elevation[0]) / (elevation[1] - elevation[0]) for v in tilt]
         centre = np.arctan2(middle[:, 1], middle[:, 0]) % (2 * np.pi)
         wide = np.arcsin(np.minimum(radius / np.maximum(distance, 1e-3), 1.0))
-        columns = [
-            np.floor((centre - wide) / (2 * np.pi) * COLUMNS),
-            np.ceil((centre + wide) / (2 * np.pi) * COLUMNS + 1),
-        ]
+        columns = [np.floor((centre - wide) / (2 * np.pi) * COLUMNS), np.ceil((centre + wide) / (2 * np.pi) * COLUMNS + 1)]
         bounds = np.stack([np.floor(rows[0]).clip(0, BEAMS), np.ceil(rows[1] + 1).clip(0, BEAMS), *columns], 1)
         bounds[distance <= radius * 1.02] = (0, BEAMS, 0, COLUMNS)
         bounds[inner > MAX_RANGE] = 0
@@ -844,9 +828,7 @@ def _ground_paint(s: Scene, p: Array) -> tuple[Array, Array, Array]:
     return color, reflect * (0.85 + 0.3 * coarse), label
 
 
-def _object_paint(
-    s: Scene, prims: Array, hit: Array, p: Array, normal: Array, local: Array
-) -> tuple[Array, Array, Array]:
+def _object_paint(s: Scene, prims: Array, hit: Array, p: Array, normal: Array, local: Array) -> tuple[Array, Array, Array]:
     """Colour (N, 3), emitted light (N, 3) and glassiness (N,) of points on primitives."""
     q = prims[hit]
     color, glassy, glow = q["color"].astype(np.float64), np.zeros(len(q)), np.zeros((len(q), 3))
@@ -866,9 +848,7 @@ def _object_paint(
     iu, iv = np.floor(u / pitch), np.floor(above / floor)
     fu, fv = np.abs(u / pitch - iu - 0.5), above / floor - iv
     shop = iv == 0
-    window = (
-        (fu < np.where(shop, 0.44, share / 2)) & (fv > np.where(shop, 0.12, 0.26)) & (fv < np.where(shop, 0.72, 0.82))
-    )
+    window = (fu < np.where(shop, 0.44, share / 2)) & (fv > np.where(shop, 0.12, 0.26)) & (fv < np.where(shop, 0.72, 0.82))
     window &= facade & (height < 2 * q["half"][:, 2] - 0.5) & (above > 0) & (np.abs(u) < edge - 0.4)
     pick = _hash(iu, iv, number)
     color[facade] *= (1 - 0.25 * (fv[facade] > 0.93) - 0.12 * (pick[facade] > 0.8))[:, None]
@@ -904,9 +884,9 @@ def _sky(light: Light, d: Array, seed: float) -> Array:
     up = np.clip(d[:, 2], 0, 1)
     base = np.array(light.horizon) + (np.array(light.zenith) - light.horizon) * (1 - np.exp(-4.5 * up))[:, None]
     scale = 1 / (up + 0.12)
-    clouds = np.clip(
-        (_noise2(d[:, 0] * scale + seed, d[:, 1] * scale, 0.012, 1.9) - 1 + light.clouds) / 0.4, 0, 1
-    ) * np.clip(up * 9, 0, 1)
+    clouds = np.clip((_noise2(d[:, 0] * scale + seed, d[:, 1] * scale, 0.012, 1.9) - 1 + light.clouds) / 0.4, 0, 1) * np.clip(
+        up * 9, 0, 1
+    )
     cover: Array = base + (np.array(light.horizon) * 1.18 - base) * (0.75 * clouds)[:, None]
     return cover
 
@@ -952,12 +932,7 @@ def _photo(
     solid = np.isfinite(t)
     t, hit, d = t[solid], hit[solid], d[solid]
     p = position + d * t[:, None]
-    color, glow, glassy, normal = (
-        np.empty_like(d, np.float64),
-        np.zeros_like(d, np.float64),
-        np.zeros(len(t)),
-        np.zeros_like(d),
-    )
+    color, glow, glassy, normal = (np.empty_like(d, np.float64), np.zeros_like(d, np.float64), np.zeros(len(t)), np.zeros_like(d))
     earth, thing = hit < 0, hit >= 0
     color[earth] = _ground_paint(s, p[earth])[0]
     normal[earth] = (0, 0, 1)
@@ -985,13 +960,11 @@ def _photo(
         far = np.sqrt((beam**2).sum(1))
         angle = np.clip((beam @ ahead) / far, 0, 1) ** 14
         grazing = np.clip(-(normal * beam).sum(1) / far, 0.08, 1)
-        radiance += (26.0 * angle * grazing * np.clip(1.6 - beam[:, 2] * 0.5, 0.05, 1) / (far**2 + 25))[
-            :, None
-        ] * np.array((1.0, 0.95, 0.82))
+        radiance += (26.0 * angle * grazing * np.clip(1.6 - beam[:, 2] * 0.5, 0.05, 1) / (far**2 + 25))[:, None] * np.array(
+            (1.0, 0.95, 0.82)
+        )
     mirror = d - 2 * (d * normal).sum(1, keepdims=True) * normal
-    seen = (
-        color * radiance * (1 - glassy[:, None] * 0.6) + glassy[:, None] * _sky(light, mirror, float(s.bend[1])) + glow
-    )
+    seen = color * radiance * (1 - glassy[:, None] * 0.6) + glassy[:, None] * _sky(light, mirror, float(s.bend[1])) + glow
     fog = np.exp(-t / light.haze)[:, None]
     out[solid] = seen * fog + (1 - fog) * np.array(light.horizon)
     picture = out.reshape(HEIGHT, oversample, WIDTH, oversample, 3).mean((1, 3))
@@ -1081,13 +1054,10 @@ def _render(job: _Job) -> list[dict[str, Any]]:
         time = (stamp - job.start) / 1e6
         x = scene.speed * time
         sway = [
-            a * math.sin(w * time + p)
-            for a, w, p in ((0.012, 0.9, phase[0]), (0.007, 2.1, phase[1]), (0.006, 1.7, phase[2]))
+            a * math.sin(w * time + p) for a, w, p in ((0.012, 0.9, phase[0]), (0.007, 2.1, phase[1]), (0.006, 1.7, phase[2]))
         ]
         ego_t = np.array([x, float(scene.centre(x)) + scene.city.side * scene.lane / 2, 0.0])
-        ego_q = _euler(
-            math.atan(scene.bend[0] / scene.bend[1] * math.cos(x / scene.bend[1])) + sway[0], sway[1], sway[2]
-        )
+        ego_q = _euler(math.atan(scene.bend[0] / scene.bend[1] * math.cos(x / scene.bend[1])) + sway[0], sway[1], sway[2])
         mount_t, mount_q = _mount(job.city, channel)
         position, rotation = ego_t + _rotation(ego_q) @ mount_t, _rotation(_compose(ego_q, mount_q))
         if channel == "CAM_FRONT":
@@ -1127,9 +1097,7 @@ def _tables(
     root: Path, source: str, target: str, frames: dict[str, int], seed: int
 ) -> tuple[dict[str, list[dict[str, Any]]], list[_Job]]:
     """All tables (ego_pose still empty) and the frames to render."""
-    names = (
-        "sample sample_data scene log calibrated_sensor ego_pose sensor category lidarseg attribute visibility instance"
-    )
+    names = "sample sample_data scene log calibrated_sensor ego_pose sensor category lidarseg attribute visibility instance"
     tables: dict[str, list[dict[str, Any]]] = {name: [] for name in [*names.split(), "sample_annotation", "map"]}
     salt = (VERSION, source, target, seed)
 
@@ -1177,8 +1145,7 @@ def _scene_rows(
                 first_sample_token=samples[1], last_sample_token=samples[count],
                 description=WORLDS[world].description)  # fmt: skip
     jobs = [
-        _Job(root, world, city, key, k, travel, start, file, *(_token(*salt, name, k, c) for c in mounts))
-        for k in range(count)
+        _Job(root, world, city, key, k, travel, start, file, *(_token(*salt, name, k, c) for c in mounts)) for k in range(count)
     ]
     for k, job in enumerate(jobs):
         stamp = job.sensor("LIDAR_TOP")[1]

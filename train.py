@@ -126,8 +126,17 @@ class Source:
     def index(self, split: str | None, r: Recipe, cache: Path, progress: data.Progress | None = None) -> Index:
         """The prepared index of a split; an explicit choice of frames overrides the split."""
         domain = DOMAINS[self.domain]
-        return data.prepare(self.root, domain, None if self.frames else split, r.classes, image_size(r, domain.dataset), cache,
-                            version=self.version, frames=self.frames, progress=progress)
+        return data.prepare(
+            self.root,
+            domain,
+            None if self.frames else split,
+            r.classes,
+            image_size(r, domain.dataset),
+            cache,
+            version=self.version,
+            frames=self.frames,
+            progress=progress,
+        )
 
 
 def image_size(r: Recipe, dataset: str) -> tuple[int, int] | None:
@@ -159,18 +168,19 @@ class _Stream:
         for slot in range(count):
             epoch, place = divmod(iteration * count + slot, len(self.index))
             if epoch != self._epoch:
-                self._epoch, self._order = epoch, _rng(self.seed, _ORDER, self.number, epoch).permutation(len(self.index))
+                self._epoch, self._order = (epoch, _rng(self.seed, _ORDER, self.number, epoch).permutation(len(self.index)))
             rng = _rng(self.seed, _AUGMENT, self.number, iteration, slot)
             frame = self.index.frame(int(self._order[place]))
             out.append(sample(frame, augment_for(r), self.flip_axis, rng, r.voxels_per_metre))
         return out
 
 
-class Batches(torch.utils.data.Dataset):  # type: ignore[type-arg]
+class Batches(torch.utils.data.Dataset):
     """Item i is the data of iteration i: (labelled batch, unlabelled batch or None)."""
 
-    def __init__(self, r: Recipe, seed: int, labelled: Sequence[Index], unlabelled: Index | None,
-                 pseudo: PseudoLabels | None = None) -> None:
+    def __init__(
+        self, r: Recipe, seed: int, labelled: Sequence[Index], unlabelled: Index | None, pseudo: PseudoLabels | None = None
+    ) -> None:
         self.recipe, self.pseudo = r, pseudo
         flips = [DOMAINS[i.identity["domain"]].flip_axis for i in labelled]
         self.labelled = [_Stream(i, seed, n, f) for n, (i, f) in enumerate(zip(labelled, flips, strict=True))]
@@ -214,13 +224,19 @@ def batches_of(index: Index, r: Recipe, size: int, frames: range | None = None) 
     """The frames of an index in order, without augmentation, `size` at a time, each with the number of frames done."""
     frames = frames or range(len(index))
     for start in range(0, len(frames), size):
-        chosen = frames[start:start + size]
+        chosen = frames[start : start + size]
         yield chosen[-1] + 1, collate([sample(index.frame(i), None, 0, _rng(0), r.voxels_per_metre) for i in chosen])
 
 
 @torch.no_grad()
-def evaluate(model: CrossModal, index: Index, r: Recipe, checkpoint: str, device: torch.device | str = "cpu",
-             progress: data.Progress | None = None) -> Score:
+def evaluate(
+    model: CrossModal,
+    index: Index,
+    r: Recipe,
+    checkpoint: str,
+    device: torch.device | str = "cpu",
+    progress: data.Progress | None = None,
+) -> Score:
     """Point-level evaluation of the student in eval mode, on the points that fall into the image, without augmentation.
 
     2D is the main (fused) 2D head, 3D the main 3D head, 2D+3D the arg-max of the sum of their probabilities. The fused 2D
@@ -245,10 +261,15 @@ def evaluate(model: CrossModal, index: Index, r: Recipe, checkpoint: str, device
     per_class = {head: iou(m) for head, m in matrices.items()}
     present = matrices["3d"].sum(1) > 0
     return Score(
-        domain=index.identity["domain"], split=index.identity["split"] or "chosen frames", checkpoint=checkpoint,
-        frames=len(index), points=int(matrices["3d"].sum()), miou={h: v[1] for h, v in per_class.items()},
+        domain=index.identity["domain"],
+        split=index.identity["split"] or "chosen frames",
+        checkpoint=checkpoint,
+        frames=len(index),
+        points=int(matrices["3d"].sum()),
+        miou={h: v[1] for h, v in per_class.items()},
         iou={h: {n: (None if np.isnan(x) else x) for n, x in zip(names, v[0], strict=True)} for h, v in per_class.items()},
-        absent=[n for n, p in zip(names, present.tolist(), strict=True) if not p])
+        absent=[n for n, p in zip(names, present.tolist(), strict=True) if not p],
+    )
 
 
 # ---- pseudo-labels -------------------------------------------------------------------------------------------------
@@ -260,8 +281,15 @@ def family(r: Recipe) -> dict[str, str]:
 
 
 @torch.no_grad()
-def write_pseudo_labels(path: Path, model: CrossModal, index: Index, r: Recipe, checkpoint: str,
-                        device: torch.device | str = "cpu", progress: data.Progress | None = None) -> dict[str, Any]:
+def write_pseudo_labels(
+    path: Path,
+    model: CrossModal,
+    index: Index,
+    r: Recipe,
+    checkpoint: str,
+    device: torch.device | str = "cpu",
+    progress: data.Progress | None = None,
+) -> dict[str, Any]:
     """Predict the target training split and keep the confident half: one safetensors file keyed by frame token.
 
     For every frame `<token>/label_2d`, `<token>/label_3d` (u8, 255 = not kept) and `<token>/prob_2d`, `<token>/prob_3d` (f32), in
@@ -285,8 +313,14 @@ def write_pseudo_labels(path: Path, model: CrossModal, index: Index, r: Recipe, 
             progress(done, len(index), "predicting")
 
     tensors: dict[str, Tensor] = {}
-    meta: dict[str, Any] = {"format": FORMAT, **family(r), "class_names": names, "checkpoint": checkpoint,
-                            "content": index.fingerprint["content"], "frames": len(index)}
+    meta: dict[str, Any] = {
+        "format": FORMAT,
+        **family(r),
+        "class_names": names,
+        "checkpoint": checkpoint,
+        "content": index.fingerprint["content"],
+        "frames": len(index),
+    }
     for m in ("2d", "3d"):
         label, thresholds = refine(torch.cat(found[f"label_{m}"]), torch.cat(found[f"prob_{m}"]), len(names))
         kept = torch.bincount(label[label != IGNORE], minlength=len(names)).tolist()
@@ -319,11 +353,15 @@ class PseudoLabels:
             raise RunError(f"{path}: not a pseudo-label file; make one with: ftd pseudo RUN --out FILE")
         for key, wanted in family(r).items():
             if self.meta.get(key) != wanted:
-                raise RunError(f"{path}: made for {key} {self.meta.get(key)!r}, this run has {wanted!r}; make one from a run of "
-                               f"this {key} with: ftd pseudo RUN --out FILE")
+                raise RunError(
+                    f"{path}: made for {key} {self.meta.get(key)!r}, this run has {wanted!r}; make one from a run of "
+                    f"this {key} with: ftd pseudo RUN --out FILE"
+                )
         if self.meta["content"] != index.fingerprint["content"]:
-            raise RunError(f"{path}: made from other frames ({self.meta['frames']}) than this run's unlabelled target "
-                           f"({len(index)}); run ftd pseudo on a run with the same --data, image size and frames")
+            raise RunError(
+                f"{path}: made from other frames ({self.meta['frames']}) than this run's unlabelled target "
+                f"({len(index)}); run ftd pseudo on a run with the same --data, image size and frames"
+            )
         if not sum(self.meta["kept_2d"]) or not sum(self.meta["kept_3d"]):
             raise RunError(f"{path}: keeps no label; train the first stage longer")
 
@@ -347,8 +385,9 @@ def _save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary,
-                  {"ftd": json.dumps(meta, sort_keys=True)})
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, {"ftd": json.dumps(meta, sort_keys=True)}
+        )
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -384,7 +423,7 @@ def read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
 
 
 def stored_recipe(meta: dict[str, Any]) -> Recipe:
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["recipe"].items()}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["recipe"].items()}
     return Recipe(**values)
 
 
@@ -424,13 +463,23 @@ def convert_checkpoints(files: dict[str, Path], r: Recipe, out: Path) -> None:
         state |= convert_released(part, tensors.items())
     model = build(r)
     mine = model.state_dict()
-    wrong = [k for k in {**mine, **state} if "num_batches_tracked" not in k and (
-        k not in mine or k not in state or mine[k].shape != state[k].shape)]
+    wrong = [
+        k
+        for k in {**mine, **state}
+        if "num_batches_tracked" not in k and (k not in mine or k not in state or mine[k].shape != state[k].shape)
+    ]
     if wrong:
-        raise RunError(f"{', '.join(str(f) for f in files.values())}: {len(wrong)} tensors do not fit {r.scenario} "
-                       f"({len(CLASS_SETS[r.classes].names)} classes), first {wrong[0]}; is it the right --scenario, and each file in its place?")
-    meta = {"format": FORMAT, "recipe": dataclasses.asdict(r), "iteration": iteration, "class_names": CLASS_SETS[r.classes].names,
-            "converted_from": {k: Path(v).name for k, v in files.items()}}
+        raise RunError(
+            f"{', '.join(str(f) for f in files.values())}: {len(wrong)} tensors do not fit {r.scenario} "
+            f"({len(CLASS_SETS[r.classes].names)} classes), first {wrong[0]}; check --scenario and the order of the files"
+        )
+    meta = {
+        "format": FORMAT,
+        "recipe": dataclasses.asdict(r),
+        "iteration": iteration,
+        "class_names": CLASS_SETS[r.classes].names,
+        "converted_from": {k: Path(v).name for k, v in files.items()},
+    }
     _save(out, {f"student/{k}": state.get(k, v) for k, v in mine.items()}, meta)
 
 
@@ -439,8 +488,10 @@ def convert_checkpoints(files: dict[str, Path], r: Recipe, out: Path) -> None:
 
 def make_optimizer(student: CrossModal, r: Recipe) -> torch.optim.Adam:
     """Adam over three groups (2D, 3D, fusion), each with its learning rate: the three optimisers of the released code."""
-    groups = [{"params": list(student.net_2d.parameters()), "lr": r.lr_2d, "base": r.lr_2d},
-              {"params": list(student.net_3d.parameters()), "lr": r.lr, "base": r.lr}]
+    groups = [
+        {"params": list(student.net_2d.parameters()), "lr": r.lr_2d, "base": r.lr_2d},
+        {"params": list(student.net_3d.parameters()), "lr": r.lr, "base": r.lr},
+    ]
     if student.fusion is not None:
         groups.append({"params": list(student.fusion.parameters()), "lr": r.lr, "base": r.lr})
     return torch.optim.Adam(groups, betas=(0.9, 0.999))
@@ -522,17 +573,25 @@ class Run:
         """No time and no path in it: equal runs write equal bytes."""
         r, n = self.recipe, self.recipe.batch
         return {
-            "format": FORMAT, "recipe": dataclasses.asdict(r), "seed": self.seed, "iteration": self.iteration, "best": self.best,
-            "class_names": CLASS_SETS[r.classes].names, "torch": torch.__version__,
-            "rng": {"seed": self.seed, "iteration": self.iteration}, "sampler": {"frames_drawn": self.iteration * n},
+            "format": FORMAT,
+            "recipe": dataclasses.asdict(r),
+            "seed": self.seed,
+            "iteration": self.iteration,
+            "best": self.best,
+            "class_names": CLASS_SETS[r.classes].names,
+            "torch": torch.__version__,
+            "rng": {"seed": self.seed, "iteration": self.iteration},
+            "sampler": {"frames_drawn": self.iteration * n},
             "data": [i.fingerprint["content"] for i in [*self.labelled, *([self.unlabelled] if self.unlabelled else [])]],
-            "pseudo": self.pseudo.meta["checkpoint"] if self.pseudo else None, "pretrained": bool(self.pretrained)}
+            "pseudo": self.pseudo.meta["checkpoint"] if self.pseudo else None,
+            "pretrained": bool(self.pretrained),
+        }
 
     def save(self, path: Path) -> None:
         tensors = {f"student/{k}": v for k, v in self.student.state_dict().items()}
         if self.teacher is not None:
             tensors |= {f"teacher/{k}": v for k, v in self.teacher.state_dict().items()}
-        names = {p: k for k, p in self.student.named_parameters()}
+        names: dict[Tensor, str] = {p: k for k, p in self.student.named_parameters()}
         for p, state in self.optimizer.state.items():
             tensors |= {f"optimizer/{names[p]}/{k}": v for k, v in state.items()}
         _save(path, tensors, self.metadata())
@@ -547,13 +606,17 @@ class Run:
         mine = json.loads(json.dumps(self.metadata()))
         for key in ("seed", "data", "pseudo", "pretrained"):
             if meta[key] != mine[key]:
-                raise RunError(f"{self.last_path}: made with {key} {meta[key]!r}, this command has {mine[key]!r}; repeat the "
-                               "command that began the run, or choose another --out")
+                raise RunError(
+                    f"{self.last_path}: made with {key} {meta[key]!r}, this command has {mine[key]!r}; repeat the "
+                    "command that began the run, or choose another --out"
+                )
         differing = [k for k, v in mine["recipe"].items() if meta["recipe"].get(k) != v and k != "save_every"]
         if differing:
             k = differing[0]
-            raise RunError(f"{self.last_path}: made with {k}={meta['recipe'].get(k)!r}, this command has {mine['recipe'][k]!r}; repeat the "
-                           "command that began the run, or choose another --out")
+            raise RunError(
+                f"{self.last_path}: made with {k}={meta['recipe'].get(k)!r}, this command has {mine['recipe'][k]!r}; repeat the "
+                "command that began the run, or choose another --out"
+            )
         self.student.load_state_dict(read_tensors(self.last_path, "student/"))
         if self.teacher is not None:
             self.teacher.load_state_dict(read_tensors(self.last_path, "teacher/"))
@@ -570,8 +633,10 @@ def _check_finite(terms: dict[str, Tensor], labelled: Batch, unlabelled: Batch |
     bad = [k for k, v in values.items() if not np.isfinite(v)]
     if bad:
         frames = labelled.tokens + (unlabelled.tokens if unlabelled is not None else [])
-        raise NonFiniteLoss(f"iteration {iteration}: {', '.join(f'{k} = {values[k]}' for k in bad)}; frames {', '.join(frames)}; "
-                            "nothing was saved since the last checkpoint: --resume with a lower --set lr=...")
+        raise NonFiniteLoss(
+            f"iteration {iteration}: {', '.join(f'{k} = {values[k]}' for k in bad)}; frames {', '.join(frames)}; "
+            "nothing was saved since the last checkpoint: --resume with a lower --set lr=..."
+        )
     return values
 
 
@@ -588,8 +653,11 @@ def fit(run: Run) -> Iterator[Step | Score]:
     keep_freed_memory()
     run.out.mkdir(parents=True, exist_ok=True)
     batches = Batches(r, run.seed, run.labelled, run.unlabelled, run.pseudo)
-    loader = iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(run.iteration, r.steps), num_workers=run.workers,
-                                              generator=torch.Generator()))
+    loader = iter(
+        torch.utils.data.DataLoader(
+            batches, batch_size=None, sampler=range(run.iteration, r.steps), num_workers=run.workers, generator=torch.Generator()
+        )
+    )
     log = _Log(run.out / "log.csv", run.iteration)
     if run.iteration and run.best is None and run.val is None and run.iteration >= r.steps:
         return
@@ -682,7 +750,10 @@ def peak_memory(device: torch.device) -> int:
 
 def needs(r: Recipe) -> dict[str, Any]:
     """Which splits a recipe trains on: {"labelled": [(side, split)], "unlabelled": split of the target or None}."""
-    labelled = {"source": [("src", "train")], "target": [("tgt", "train")],
-                "both": [("src", "train"), ("tgt", "train_labelled")]}[r.supervised]
+    labelled = {
+        "source": [("src", "train")],
+        "target": [("tgt", "train")],
+        "both": [("src", "train"), ("tgt", "train_labelled")],
+    }[r.supervised]
     unlabelled = ("train_unlabelled" if r.supervised == "both" else "train") if uses_target(r) else None
     return {"labelled": labelled, "unlabelled": unlabelled}

@@ -53,8 +53,10 @@ def pack(coords: Tensor) -> Tensor:
     if len(c):
         low, high = c.amin(0), c.amax(0)
         if low[1:].min() <= -BIAS or high[1:].max() >= BIAS - 1:
-            raise ValueError(f"voxel coordinates span {low[1:].tolist()} to {high[1:].tolist()}; they must lie inside "
-                             f"+-{BIAS - 2}: shift them to start at 0 or use larger voxels")
+            raise ValueError(
+                f"voxel coordinates span {low[1:].tolist()} to {high[1:].tolist()}; they must lie inside "
+                f"+-{BIAS - 2}: shift them to start at 0 or use larger voxels"
+            )
         if low[0] < 0 or high[0] >= 1 << FRAME_BITS:
             raise ValueError(f"frame indices span {low[0]} to {high[0]}; expected 0 to {(1 << FRAME_BITS) - 1}")
     x, y, z = (_spread(c[:, i] + BIAS) for i in (1, 2, 3))
@@ -89,8 +91,15 @@ class KernelMap:
     @property
     def transposed(self) -> KernelMap:
         """The map of the inverse convolution: input and output exchanged, the same weight index for each pair."""
-        return replace(self, pair_in=self.pair_out, pair_out=self.pair_in, by_out=self.by_in, start_out=self.start_in,
-                       by_in=self.by_out, start_in=self.start_out)
+        return replace(
+            self,
+            pair_in=self.pair_out,
+            pair_out=self.pair_in,
+            by_out=self.by_in,
+            start_out=self.start_in,
+            by_in=self.by_out,
+            start_in=self.start_out,
+        )
 
 
 def _starts(counts: Tensor) -> Tensor:
@@ -141,8 +150,9 @@ def strided_map(keys: Tensor) -> tuple[Tensor, KernelMap]:
     rank = torch.empty_like(by_octant)
     rank[by_octant] = torch.arange(len(keys), device=keys.device)
     seg = [0, *torch.bincount(octant, minlength=8).cumsum(0).tolist()]
-    return parents, KernelMap(by_octant, parent[by_octant], seg, rank, _starts(children), rank,
-                              torch.arange(len(keys) + 1, device=keys.device))
+    return parents, KernelMap(
+        by_octant, parent[by_octant], seg, rank, _starts(children), rank, torch.arange(len(keys) + 1, device=keys.device)
+    )
 
 
 class Pyramid:

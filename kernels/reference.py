@@ -34,7 +34,7 @@ def _products(x: Tensor, rows: Tensor, weight: Tensor, seg: list[int]) -> tuple[
     out = x.new_empty(len(rows), weight.shape[2])
     for k in range(len(seg) - 1):
         if seg[k] < seg[k + 1]:
-            torch.mm(gathered[seg[k]:seg[k + 1]], weight[k], out=out[seg[k]:seg[k + 1]])
+            torch.mm(gathered[seg[k] : seg[k + 1]], weight[k], out=out[seg[k] : seg[k + 1]])
     return gathered, out
 
 
@@ -76,8 +76,10 @@ def sparse_conv(x: Tensor, weight: Tensor, kmap: KernelMap) -> Tensor:
     """
     n_in, offsets = len(kmap.start_in) - 1, len(kmap.seg) - 1
     if x.shape != (n_in, weight.shape[1]) or weight.shape[0] != offsets:
-        raise ValueError(f"sparse_conv: input {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit a map of "
-                         f"{n_in} input voxels and {offsets} offsets")
+        raise ValueError(
+            f"sparse_conv: input {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit a map of "
+            f"{n_in} input voxels and {offsets} offsets"
+        )
     return _SparseConv.apply(x, weight, kmap)
 
 

@@ -42,9 +42,7 @@ from ftdpp.data import (
 )
 
 REALDATA = Path(os.environ.get("FTD_REALDATA", Path(__file__).resolve().parents[1].parent / "shared" / "realdata"))
-real = pytest.mark.skipif(
-    not REALDATA.is_dir(), reason=f"REAL FRAMES NOT READ: no folder {REALDATA}; set FTD_REALDATA to it"
-)
+real = pytest.mark.skipif(not REALDATA.is_dir(), reason=f"REAL FRAMES NOT READ: no folder {REALDATA}; set FTD_REALDATA to it")
 SINGAPORE, USA, DAY, NIGHT, SKITTI = (DOMAINS[n] for n in ("singapore", "usa", "day", "night", "skitti"))
 POINTS = 60
 
@@ -196,7 +194,7 @@ def test_nuscenes_splits(root: Path) -> None:
     for frames, split in (["frame-9999"], None), (["frame-0200"], "train"):
         with pytest.raises(DataError, match="no frame 'frame-"):
             list_frames(root, SINGAPORE, split, frames=frames)
-    with pytest.raises(DataError, match="day has no split 'val': a source domain is not split.*train, test"):
+    with pytest.raises(DataError, match=r"day has no split 'val': a source domain is not split.*train, test"):
         list_frames(root, DAY, "val")
     with pytest.raises(DataError, match="no split 'trian'"):
         list_frames(root, SINGAPORE, "trian")
@@ -238,7 +236,7 @@ def test_class_tables() -> None:
     assert list(CLASS_SETS["vkitti6"].table("virtual_kitti")[[5, 12, 99, 0]]) == [255, 255, 255, 0]
     nus = CLASS_SETS["street6"].table("nuscenes", dict(enumerate(CATEGORIES)))
     assert list(nus[:6]) == [255, 0, 1, 2, 255, 255]
-    with pytest.raises(DataError, match="no class map from nuscenes.*street6"):
+    with pytest.raises(DataError, match=r"no class map from nuscenes.*street6"):
         CLASS_SETS["vkitti6"].table("nuscenes")
 
 
@@ -267,11 +265,7 @@ CORRUPTIONS: list[tuple[str, Callable[[Path], object], str]] = [
     ("samples/LIDAR_TOP/frame-0001.pcd.bin", cut, "expected a multiple of 20"),
     ("samples/LIDAR_TOP/frame-0001.pcd.bin", lambda p: p.write_bytes(b""), "0 bytes"),
     ("samples/LIDAR_TOP/frame-0001.pcd.bin", Path.unlink, "missing"),
-    (
-        "samples/CAM_FRONT/frame-0001.png",
-        lambda p: p.write_bytes(p.read_bytes()[:9000]),
-        "not a readable image",
-    ),
+    ("samples/CAM_FRONT/frame-0001.png", lambda p: p.write_bytes(p.read_bytes()[:9000]), "not a readable image"),
     ("samples/CAM_FRONT/frame-0001.png", lambda p: p.write_bytes(b"no image"), "not a readable image"),
     ("samples/CAM_FRONT/frame-0001.png", lambda p: picture(0, 40, 20).save(p), r"\(20, 40\).*\(225, 400\)"),
     ("samples/CAM_FRONT/frame-0001.png", Path.unlink, "missing"),
@@ -281,16 +275,8 @@ CORRUPTIONS: list[tuple[str, Callable[[Path], object], str]] = [
     ("v1.0-mini/sample_data.json", cut, "not a readable nuScenes table"),
     ("v1.0-mini/scene.json", lambda p: p.write_text("{}"), "not a readable nuScenes table"),
     ("v1.0-mini/log.json", lambda p: p.write_text("[]"), "do not fit together"),
-    (
-        "v1.0-mini/calibrated_sensor.json",
-        lambda p: p.write_text(p.read_text().replace("300", "NaN")),
-        "non-finite",
-    ),
-    (
-        "v1.0-mini/calibrated_sensor.json",
-        lambda p: p.write_text(p.read_text().replace("300", '"x"')),
-        "numbers",
-    ),
+    ("v1.0-mini/calibrated_sensor.json", lambda p: p.write_text(p.read_text().replace("300", "NaN")), "non-finite"),
+    ("v1.0-mini/calibrated_sensor.json", lambda p: p.write_text(p.read_text().replace("300", '"x"')), "numbers"),
 ]
 
 
@@ -410,13 +396,7 @@ def test_stale_index_is_rebuilt_with_a_reason(root: Path, change: str) -> None:
         with pytest.raises(DataError, match=r"meta\.json: unreadable"):
             Index(index.path)
     build(root, progress=lambda done, total, what: told.append(what)).verify()
-    reason = {
-        "file": "sources",
-        "format": "format 0",
-        "classes": "label_map",
-        "damage": "damaged",
-        "meta": "unreadable",
-    }
+    reason = {"file": "sources", "format": "format 0", "classes": "label_map", "damage": "damaged", "meta": "unreadable"}
     assert told[0].startswith("building again") and reason[change] in told[0]
 
 
@@ -472,7 +452,7 @@ def test_frames_without_labels(tmp_path: Path) -> None:
         require_labels(index)
     mixed = prepare(kitti(tmp_path / "kitti"), SKITTI, "train_unlabelled", "a2d2_10", None, tmp_path / "cache")
     assert mixed.fingerprint["unlabelled_frames"] == 2 and mixed.counts().sum() > 0
-    with pytest.raises(DataError, match="2 of 4 frames.*labels folders"):
+    with pytest.raises(DataError, match=r"2 of 4 frames.*labels folders"):
         require_labels(mixed)
 
 
@@ -716,9 +696,7 @@ KITTI_CROP = Augment(crop=(302, 480), translate=False)
 def test_real_frames(tmp_path: Path) -> None:
     tokens = {"v1.0-mini": ("ca9a282c9e77460f8360f564131a8af5", 3067), None: ("fd8420396768425eabec9bdddf7e64b6", 2984)}
     for version, (token, points) in tokens.items():
-        index = prepare(
-            REALDATA / "nuscenes", SINGAPORE, None, "street6", (225, 400), tmp_path, version=version, frames=[token]
-        )
+        index = prepare(REALDATA / "nuscenes", SINGAPORE, None, "street6", (225, 400), tmp_path, version=version, frames=[token])
         assert index.tokens == [token] and index.fingerprint["points"] == points
         assert index.frame(0).image.shape == (225, 400, 3) and not index.frame(0).has_label
     assert scenes_of(REALDATA / "nuscenes", SINGAPORE, "test") == ["0003"]

@@ -6,7 +6,6 @@ repeats itself only so far when its weights are perturbed by 1e-6 (tolerance.jso
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -16,7 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, safe_open
+import torch.nn as nn
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ftdpp import data, losses, train
@@ -77,8 +78,16 @@ def golden_batch(inputs: dict[str, Tensor], side: str, i: int, classes: int) -> 
     pseudo = {f"label_{m}": get(f"pseudo_{m}_{classes}").long() if side == "target" else None for m in ("2d", "3d")}
     frames = int(coords[:, 0].max()) + 1
     counts = torch.bincount(coords[:, 0].long(), minlength=frames).tolist()
-    return data.Batch(image=get("image"), pixel=get("pixel").long(), coords=coords, label=get(f"label_{classes}").long(),
-                      tokens=[str(f) for f in range(frames)], keep=[torch.arange(n) for n in counts], counts=counts, **pseudo)
+    return data.Batch(
+        image=get("image"),
+        pixel=get("pixel").long(),
+        coords=coords,
+        label=get(f"label_{classes}").long(),
+        tokens=[str(f) for f in range(frames)],
+        keep=[torch.arange(n) for n in counts],
+        counts=counts,
+        **pseudo,
+    )
 
 
 def golden_recipe(meta: dict[str, Any]) -> losses.Recipe:
@@ -89,8 +98,12 @@ def golden_recipe(meta: dict[str, Any]) -> losses.Recipe:
 def logged_losses(terms: dict[str, Tensor], r: losses.Recipe) -> dict[str, float]:
     """Our weighted terms under the names, and with the weights, that the released scripts log."""
     t = {k: v.item() for k, v in terms.items()}
-    out = {"seg_loss_src_2d": t["seg_2d"], "seg_loss_src_3d": t["seg_3d"], "loss_cdkd": t["distill_single"],
-           "loss_cmkd": t["distill_fused"]}
+    out = {
+        "seg_loss_src_2d": t["seg_2d"],
+        "seg_loss_src_3d": t["seg_3d"],
+        "loss_cdkd": t["distill_single"],
+        "loss_cmkd": t["distill_fused"],
+    }
     for m in ("2d", "3d"):
         out[f"xm_loss_src_{m}"] = t[f"mimic_{m}_src"] / r.mimic_src
         out[f"xm_loss_trg_{m}"] = t[f"mimic_{m}_tgt"] / r.mimic_tgt
@@ -119,7 +132,7 @@ class SparseConvNetRounding:
         exact_unet, exact_norm = UNet3D.forward, SparseBatchNorm.forward
 
         def unet(net: UNet3D, feat: Tensor, pyramid: Pyramid) -> Tensor:
-            seen = torch.arange(len(pyramid.voxel))
+            seen, order = torch.arange(len(pyramid.voxel)), torch.empty(0, dtype=torch.int64)
             for level, keys in enumerate(pyramid.keys):
                 if level:
                     rank = torch.empty_like(order)
@@ -167,7 +180,9 @@ def test_training_run(name: str, rounding: str, monkeypatch: pytest.MonkeyPatch)
     r = golden_recipe(meta)
     expected = tuple(meta["class_weights"] or meta["class_weights_src"])
     assert r.class_weights == expected and r.class_weights_tgt == tuple(meta["class_weights_trg"])
-    assert (r.mimic_src, r.mimic_tgt, r.pseudo) == tuple(meta["lambdas"][k] for k in ("lambda_xm_src", "lambda_xm_trg", "lambda_pl"))
+    assert (r.mimic_src, r.mimic_tgt, r.pseudo) == tuple(
+        meta["lambdas"][k] for k in ("lambda_xm_src", "lambda_xm_trg", "lambda_pl")
+    )
 
     make = lambda who: fill(CrossModal(classes, dropout=(0.0, 0.0)), who, meta["salt_prefix"], names).train()  # noqa: E731
     student, teacher = make("student"), make("teacher").requires_grad_(False)
@@ -175,14 +190,18 @@ def test_training_run(name: str, rounding: str, monkeypatch: pytest.MonkeyPatch)
     inputs = load_file(GOLDEN / f"inputs_{classes}.safetensors")
 
     seen: dict[str, list[Any]] = {"student": [], "teacher": []}
-    hooks = [net.register_forward_hook(lambda _m, args, out, who=who: seen[who].append((args, out)))
-             for who, net in (("student", student), ("teacher", teacher))]
+    hooks = [
+        net.register_forward_hook(lambda _m, args, out, who=who: seen[who].append((args, out)))
+        for who, net in (("student", student), ("teacher", teacher))
+    ]
     wrong: list[str] = []
 
     def check(what: str, value: float, reference: float, scale: float, tolerance: float) -> None:
         if not abs(value - reference) <= tolerance * scale:
-            wrong.append(f"{what}: {value:.6g}, released {reference:.6g}, off by {abs(value - reference) / scale:.1e} "
-                         f"of {scale:.3g}, allowed {tolerance:.0e}")
+            wrong.append(
+                f"{what}: {value:.6g}, released {reference:.6g}, off by {abs(value - reference) / scale:.1e} "
+                f"of {scale:.3g}, allowed {tolerance:.0e}"
+            )
 
     for i, golden in enumerate(run["iterations"][:iterations]):
         src, tgt = golden_batch(inputs, "source", i, classes), golden_batch(inputs, "target", i, classes)
@@ -199,9 +218,11 @@ def test_training_run(name: str, rounding: str, monkeypatch: pytest.MonkeyPatch)
             check(f"iteration {i + 1} {key}", logged[key], reference, abs(reference), (1e-4, 1e-3, 5e-3)[i])
         if i == 0:
             [(_, source), (_, target)], [((image, _, coords), styled)] = seen["student"], seen["teacher"]
-            for prefix, logits, tolerance in (("student.source", source, logits_tolerance),
-                                              ("student.target", target, logits_tolerance),
-                                              ("teacher.stylised", styled, 2e-3)):
+            for prefix, logits, tolerance in (
+                ("student.source", source, logits_tolerance),
+                ("student.target", target, logits_tolerance),
+                ("teacher.stylised", styled, 2e-3),
+            ):
                 for head, ours in logits._asdict().items():
                     close(ours, tensors[f"{prefix}.{head}"], tolerance, f"{prefix}.{head}")
             assert torch.equal(coords[:, [1, 2, 3, 0]], tensors["stylised.coords"].to(coords.dtype))
@@ -251,16 +272,21 @@ def test_there_are_runs() -> None:
 
 def test_evaluation() -> None:
     golden = load_file(GOLDEN / "evaluation.safetensors")
-    run6 = next(json.loads((GOLDEN / f"{n}.json").read_text()) for n in RUNS
-                if json.loads((GOLDEN / f"{n}.json").read_text())["meta"]["num_classes"] == 6)
+    run6 = next(
+        json.loads((GOLDEN / f"{n}.json").read_text())
+        for n in RUNS
+        if json.loads((GOLDEN / f"{n}.json").read_text())["meta"]["num_classes"] == 6
+    )
     model = fill(CrossModal(6), "student", run6["meta"]["salt_prefix"], released_names(run6)).eval()
     fused: list[Tensor] = []
     assert model.fusion is not None
     model.fusion.register_forward_hook(lambda _m, _a, out: fused.append(out))
     batch = golden_batch(load_file(GOLDEN / "inputs_6.safetensors"), "target", 0, 6)
     alone = batch.coords[:, 0] == 0
-    for name, image, pixel, coords in (("batch", batch.image, batch.pixel, batch.coords),
-                                       ("frame0", batch.image[:1], batch.pixel[alone], batch.coords[alone])):
+    for name, image, pixel, coords in (
+        ("batch", batch.image, batch.pixel, batch.coords),
+        ("frame0", batch.image[:1], batch.pixel[alone], batch.coords[alone]),
+    ):
         with torch.no_grad():
             out = model(image, pixel, coords)
         for head, ours in out._asdict().items():
@@ -290,7 +316,7 @@ def layers(sparse: dict[str, Tensor]) -> list[str]:
     return sorted({k.split(".")[0] for k in sparse if k.endswith(".out_coords")})
 
 
-@pytest.mark.parametrize("name", [k for k in layers(load_file(GOLDEN / "sparse.safetensors"))])
+@pytest.mark.parametrize("name", layers(load_file(GOLDEN / "sparse.safetensors")))
 def test_layer(sparse: dict[str, Tensor], name: str) -> None:
     get = {k.removeprefix(name + "."): v for k, v in sparse.items() if k.startswith(name + ".")}
     kind = name.split("_")[0]
@@ -310,7 +336,7 @@ def test_layer(sparse: dict[str, Tensor], name: str) -> None:
         params = dict(norm.named_parameters())
     else:
         kmap = {"submanifold": pyramid.same[0], "strided": pyramid.down[0], "inverse": pyramid.down[0].transposed}[kind]
-        weight = get["param.weight"].squeeze(1).requires_grad_()
+        weight = nn.Parameter(get["param.weight"].squeeze(1))
         out, params = sparse_conv(x, weight, kmap), {"weight": weight}
     out[rows_out].backward(get["grad_out"])
     assert x.grad is not None
@@ -341,8 +367,10 @@ def test_sparse_unet(sparse: dict[str, Tensor]) -> None:
     state = {}
     for name, shape in meta["state_dict"].items():
         state[name] = weights.tensor_for(f"{meta['salt_prefix']}sparse_unet", name, tuple(shape))
-    converted = {k.removeprefix("net_3d.trunk."): v
-                 for k, v in convert_released("3d", (("net_3d." + k, v) for k, v in state.items())).items()}
+    converted = {
+        k.removeprefix("net_3d.trunk."): v
+        for k, v in convert_released("3d", (("net_3d." + k, v) for k, v in state.items())).items()
+    }
     net = UNet3D()
     missing, unexpected = net.load_state_dict(converted, strict=False)
     assert not unexpected and all(k.endswith("num_batches_tracked") for k in missing)
@@ -365,7 +393,9 @@ def test_sparse_unet(sparse: dict[str, Tensor]) -> None:
         assert dot == pytest.approx(row["dot"], abs=1e-3 * row["norm"] * grad.numel() ** 0.25), name
     for key, value in sparse.items():
         if key.startswith("unet.grad.sparseModel"):
-            close(params[ours_of[key.removeprefix("unet.grad.")]].grad.view_as(value), value, 1e-3, key)
+            grad = params[ours_of[key.removeprefix("unet.grad.")]].grad
+            assert grad is not None
+            close(grad.view_as(value), value, 1e-3, key)
         elif key.startswith("unet.buffer_after."):
             close(buffers[ours_of[key.removeprefix("unet.buffer_after.")]], value, 1e-5, key)
     with torch.no_grad():
@@ -399,7 +429,9 @@ def test_confusion_and_iou() -> None:
             total += train.confusion(golden[f"eval.{i}.{j}.pred"].long(), golden[f"eval.{i}.{j}.label"].long(), len(reference))
         assert torch.equal(total, reference)
         iou, miou = train.iou(total)
-        assert torch.allclose(torch.tensor(iou, dtype=torch.float64).nan_to_num(0), golden[f"eval.{i}.class_iou"].nan_to_num(0), rtol=0, atol=1e-12)
+        assert torch.allclose(
+            torch.tensor(iou, dtype=torch.float64).nan_to_num(0), golden[f"eval.{i}.class_iou"].nan_to_num(0), rtol=0, atol=1e-12
+        )
         assert miou == pytest.approx(golden[f"eval.{i}.miou"].item(), abs=1e-12)
 
 
@@ -411,7 +443,9 @@ def test_projection(dataset: str) -> None:
     with safe_open(GOLDEN / "projection.safetensors", "pt") as file:
         counts = json.loads(file.metadata()["counts"])
     checked = 0
-    for domain, version in ((("singapore", "v1.0-mini"), ("singapore", "v1.0-trainval")) if dataset == "nuscenes" else (("skitti", None),)):
+    for domain, version in (
+        (("singapore", "v1.0-mini"), ("singapore", "v1.0-trainval")) if dataset == "nuscenes" else (("skitti", None),)
+    ):
         for ref in data.list_frames(REALDATA / dataset, data.DOMAINS[domain], None, version):
             key = f"{dataset}.{ref.token.replace('/', '.')}"
             if f"{key}.row_col" not in golden:

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ftdpp import synth
 from PIL import Image
+
+from ftdpp import synth
 
 FRAMES = {"source": 2, "target": 1, "val": 1, "test": 1}
 SIX = {
@@ -69,9 +70,7 @@ def sweeps() -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
 
 def test_same_bytes_whatever_the_workers(usa: Path, tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
-    synth.write_world(
-        tmp_path / "again", "usa", "singapore", FRAMES, workers=2, progress=lambda *done: calls.append(done)
-    )
+    synth.write_world(tmp_path / "again", "usa", "singapore", FRAMES, workers=2, progress=lambda *done: calls.append(done))
     assert digest(tmp_path / "again") == digest(usa)
     assert calls == [(k, 5) for k in range(1, 6)]
     assert [p.name for p in tmp_path.iterdir()] == ["again"]

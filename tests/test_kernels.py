@@ -1,0 +1,185 @@
+"""Kernel maps and sparse operations against dense PyTorch and slow loops."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ftdpp import kernels
+from ftdpp.kernels import Pyramid, pixel_to_point, reference, sparse_conv, voxel_mean, voxel_to_point
+from ftdpp.kernels.maps import KernelMap, pack, unpack
+
+SIZES = [1, 2, 63, 97, 257]
+
+
+def cloud(n: int, size: int = 8, frames: int = 2, low: int = 0) -> Tensor:
+    g = torch.Generator().manual_seed(n)
+    xyz = torch.randint(low, low + size, (n, 3), generator=g)
+    return torch.cat([torch.randint(0, frames, (n, 1), generator=g), xyz], 1).int()
+
+
+def dense(x: Tensor, coords: Tensor, size: int, frames: int = 2) -> Tensor:
+    grid = x.new_zeros(frames, x.shape[1], size, size, size)
+    b, i, j, k = coords.long().unbind(1)
+    return grid.index_put((b, torch.arange(x.shape[1])[:, None], i, j, k), x.t())
+
+
+def at(grid: Tensor, coords: Tensor) -> Tensor:
+    b, i, j, k = coords.long().unbind(1)
+    return grid[b, :, i, j, k]
+
+
+@pytest.mark.parametrize("low", [-40000 // 2, -7, 0, 4000])
+def test_pack_is_invertible_and_ordered(low: int) -> None:
+    coords = cloud(200, 50, 3, low)
+    keys = pack(coords)
+    assert torch.equal(unpack(keys), coords)
+    parents = unpack(keys >> 3, 1)
+    assert torch.equal(parents[:, 1:], coords[:, 1:] // 2)
+    assert torch.equal(parents[:, 0], coords[:, 0])
+    order = keys.argsort()
+    assert (coords[order, 0].diff() >= 0).all()
+
+
+def test_pack_refuses_what_does_not_fit() -> None:
+    for bad in ([0, 40000, 0, 0], [0, 0, -32768, 0], [0, 0, 0, 32767]):
+        with pytest.raises(ValueError, match="must lie inside"):
+            pack(torch.tensor([bad]))
+    with pytest.raises(ValueError, match="frame indices"):
+        pack(torch.tensor([[-1, 0, 0, 0]]))
+    with pytest.raises(ValueError, match="integers b, x, y, z"):
+        Pyramid(torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_map_properties(n: int) -> None:
+    """Every pair obeys coords_in = stride * coords_out + offset, and none is missing."""
+    p = Pyramid(cloud(n, low=-3), 3)
+    for level in range(3):
+        coords = p.coords(level).tolist()
+        rows = {tuple(c): i for i, c in enumerate(coords)}
+        assert len(rows) == len(coords)
+        wanted = {
+            (k, rows[b, x + dx, y + dy, z + dz], out)
+            for out, (b, x, y, z) in enumerate(coords)
+            for k, (dx, dy, dz) in enumerate(itertools.product((-1, 0, 1), repeat=3))
+            if (b, x + dx, y + dy, z + dz) in rows
+        }
+        assert pairs(p.same[level]) == wanted
+        if level:
+            fine = p.coords(level - 1).tolist()
+            strided = {
+                (4 * (x & 1) + 2 * (y & 1) + (z & 1), i, rows[b, x >> 1, y >> 1, z >> 1]) for i, (b, x, y, z) in enumerate(fine)
+            }
+            assert pairs(p.down[level - 1]) == strided
+            assert pairs(p.down[level - 1].transposed) == {(k, o, i) for k, i, o in strided}
+
+
+def pairs(kmap: KernelMap) -> set[tuple[int, int, int]]:
+    found = [
+        (k, kmap.pair_in[j].item(), kmap.pair_out[j].item()) for k in range(len(kmap.seg) - 1) for j in range(kmap.seg[k], kmap.seg[k + 1])
+    ]
+    assert len(set(found)) == len(found) == len(kmap.pair_in)
+    for rows, order, start in ((kmap.pair_out, kmap.by_out, kmap.start_out), (kmap.pair_in, kmap.by_in, kmap.start_in)):
+        assert torch.equal(rows[order], torch.repeat_interleave(torch.arange(len(start) - 1), start.diff()))
+        assert torch.equal(order.sort().values, torch.arange(len(rows)))
+    return set(found)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("cin", "cout"), [(1, 16), (16, 1), (24, 48)])
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("kind", ["submanifold", "strided", "inverse"])
+def test_convolution_matches_dense(kind: str, n: int, cin: int, cout: int) -> None:
+    """Output and all gradients against conv3d / conv_transpose3d in float64, with an upstream gradient that is not 1."""
+    torch.manual_seed(n)
+    p = Pyramid(cloud(n), 2)
+    fine, coarse = p.coords(0), p.coords(1)
+    offsets = 27 if kind == "submanifold" else 8
+    x = torch.randn(len(coarse) if kind == "inverse" else len(fine), cin, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(offsets, cin, cout, dtype=torch.float64, requires_grad=True)
+    kmap = {"submanifold": p.same[0], "strided": p.down[0], "inverse": p.down[0].transposed}[kind]
+    out = sparse_conv(x, w, kmap)
+    if kind == "submanifold":
+        wanted = at(F.conv3d(dense(x, fine, 8), w.view(3, 3, 3, cin, cout).permute(4, 3, 0, 1, 2), padding=1), fine)
+    elif kind == "strided":
+        wanted = at(F.conv3d(dense(x, fine, 8), w.view(2, 2, 2, cin, cout).permute(4, 3, 0, 1, 2), stride=2), coarse)
+    else:
+        wanted = at(F.conv_transpose3d(dense(x, coarse, 4), w.view(2, 2, 2, cin, cout).permute(3, 4, 0, 1, 2), stride=2), fine)
+    upstream = torch.randn_like(out)
+    grads = torch.autograd.grad(out, (x, w), upstream)
+    expected = torch.autograd.grad(wanted, (x, w), upstream)
+    for ours, theirs in ((out, wanted), *zip(grads, expected, strict=True)):
+        assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_convolution_gradcheck_and_refusal() -> None:
+    p = Pyramid(cloud(9, 3), 1)
+    v = len(p.keys[0])
+    x = torch.randn(v, 2, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(27, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, w: sparse_conv(x, w, p.same[0]), (x, w))
+    with pytest.raises(ValueError, match="do not fit a map"):
+        sparse_conv(x[:-1], w, p.same[0])
+    with pytest.raises(ValueError, match="do not fit a map"):
+        sparse_conv(x, w[:8], p.same[0])
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_voxel_mean_and_back(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Duplicates are averaged; every point gets its voxel's row; with torch-scatter and without it."""
+    if not compiled:
+        monkeypatch.setattr(reference, "segment_csr", None)
+    elif reference.segment_csr is None:
+        pytest.skip("torch-scatter is not installed here")
+    coords = cloud(300, 4)
+    p = Pyramid(coords, 1)
+    assert len(p.keys[0]) < 130
+    x = torch.randn(300, 5, dtype=torch.float64, requires_grad=True)
+    mean = voxel_mean(x, p)
+    for v, c in enumerate(p.coords().tolist()):
+        mine = (coords == torch.tensor(c)).all(1)
+        assert torch.allclose(mean[v], x[mine].mean(0))
+    back = voxel_to_point(mean, p)
+    assert torch.equal(back, mean[p.voxel])
+    assert torch.autograd.gradcheck(lambda x: voxel_to_point(voxel_mean(x, p), p) ** 2, (x,))
+
+
+def test_pixel_to_point() -> None:
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    frame, pixel = torch.tensor([0, 1, 1, 1]), torch.tensor([[0, 0], [3, 4], [2, 1], [2, 1]])
+    for layout in (torch.contiguous_format, torch.channels_last):
+        out = pixel_to_point(x.contiguous(memory_format=layout), frame, pixel)
+        assert torch.equal(out, torch.stack([x[b, :, r, c] for b, (r, c) in zip(frame, pixel, strict=True)]))
+    assert torch.autograd.gradcheck(lambda x: pixel_to_point(x, frame, pixel), (x,))
+
+
+def test_no_points() -> None:
+    p = Pyramid(torch.zeros(0, 4, dtype=torch.int32), 3)
+    assert [len(k) for k in p.keys] == [0, 0, 0]
+    x = torch.zeros(0, 2, requires_grad=True)
+    for offsets, kmap in ((27, p.same[1]), (8, p.down[0]), (8, p.down[0].transposed)):
+        w = torch.randn(offsets, 2, 3, requires_grad=True)
+        out = sparse_conv(voxel_mean(x, p), w, kmap)
+        assert out.shape == (0, 3)
+        out.sum().backward()
+        assert w.grad is not None
+        assert not w.grad.any()
+
+
+def test_order_of_points_does_not_matter() -> None:
+    coords = cloud(150)
+    shuffled = torch.randperm(150, generator=torch.Generator().manual_seed(0))
+    a, b = Pyramid(coords, 2), Pyramid(coords[shuffled], 2)
+    assert torch.equal(a.keys[0], b.keys[0])
+    assert torch.equal(a.voxel[shuffled], b.voxel)
+    assert torch.equal(a.same[0].pair_in, b.same[0].pair_in)
+
+
+def test_backend_says_why() -> None:
+    name, why = kernels.backend()
+    assert name == "torch"
+    assert "torch-scatter" in why

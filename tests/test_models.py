@@ -1,0 +1,173 @@
+"""Shapes, parameter counts and the properties that the method rests on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+
+from ftdpp.kernels import Pyramid
+from ftdpp.models import (
+    CBAM,
+    CrossModal,
+    ExternalAttention,
+    SparseBatchNorm,
+    UNet2D,
+    UNet3D,
+    keep_mask,
+    load_imagenet,
+    update_teacher,
+)
+
+
+def count(module: nn.Module | None) -> int:
+    assert module is not None
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize(("classes", "fusion", "two", "three"), [
+    (6, True, 23_628_364, 2_688_860), (10, True, 23_628_884, 2_688_996),
+    (6, False, 23_614_924, 2_688_860), (10, False, 23_615_444, 2_688_996),
+])  # fmt: skip
+def test_parameter_counts(classes: int, fusion: bool, two: int, three: int) -> None:
+    net = CrossModal(classes, fusion=fusion)
+    assert (count(net.net_2d), count(net.net_3d)) == (two, three)
+    if fusion:
+        assert count(net.fusion) == 104_775
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 33), (30, 47), (1, 1)])
+def test_unet2d_pads_and_crops(size: tuple[int, int]) -> None:
+    net = UNet2D(8).eval()
+    image = torch.rand(2, 3, *size)
+    out = net(image)
+    assert out.shape == (2, 8, *size)
+    padded = torch.zeros(2, 3, *(-(-s // 16) * 16 for s in size))
+    padded[..., : size[0], : size[1]] = image
+    assert torch.allclose(out, net(padded)[..., : size[0], : size[1]], atol=1e-6)
+
+
+def test_imagenet_weights(tmp_path: Path) -> None:
+    """The encoder carries torchvision's names; a file of another network is refused."""
+    net = UNet2D(8)
+    names = set(net.state_dict())
+    assert {"conv1.weight", "bn1.running_var", "layer1.0.conv1.weight", "layer2.0.downsample.1.bias", "layer4.2.bn2.weight"} <= names
+    state = {k: torch.rand_like(v) if v.is_floating_point() else v for k, v in net.state_dict().items() if not k.startswith(("up", "merge"))}
+    state["fc.weight"] = torch.zeros(1000, 512)
+    torch.save(state, tmp_path / "resnet34.pth")
+    before = net.up[0][0].weight.clone()  # type: ignore[index]
+    load_imagenet(net, tmp_path / "resnet34.pth")
+    assert torch.equal(net.state_dict()["layer3.5.conv2.weight"], state["layer3.5.conv2.weight"])
+    assert torch.equal(net.up[0][0].weight, before)  # type: ignore[index]
+    with pytest.raises(ValueError, match="width 16"):
+        load_imagenet(UNet2D(16), tmp_path / "resnet34.pth")
+
+
+@pytest.mark.parametrize("n", [1, 2, 97])
+def test_unet3d_any_number_of_points(n: int) -> None:
+    """One voxel has no variance: the statistics known so far are used, nothing is nan, nothing is learned from it."""
+    coords = torch.cat([torch.zeros(n, 1), torch.randint(0, 200, (n, 3))], 1).int()
+    net = UNet3D(8, 7).train()
+    out = net(torch.ones(n, 1), Pyramid(coords))
+    out.sum().backward()
+    assert out.shape == (n, 8)
+    assert torch.isfinite(out).all()
+    assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
+    assert all(torch.isfinite(b).all() for b in net.buffers())
+
+
+def test_points_of_a_voxel_agree_and_frames_do_not_mix() -> None:
+    coords = torch.randint(0, 30, (80, 4)).int()
+    coords[:, 0] = torch.arange(80) % 2
+    coords[1] = coords[3]
+    net = UNet3D(8, 4).eval()
+    feat = torch.ones(80, 1)
+    out = net(feat, Pyramid(coords, 4))
+    assert torch.equal(out[1], out[3])
+    alone = coords[:, 0] == 1
+    assert torch.allclose(net(feat[alone], Pyramid(coords[alone], 4)), out[alone], atol=1e-6)
+
+
+def test_sparse_batch_norm_constants() -> None:
+    norm = SparseBatchNorm(3)
+    x = torch.randn(50, 3) * 3 + 1
+    out = norm(x.clone())
+    assert torch.allclose(out, torch.relu((x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-4).sqrt()), atol=1e-5)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert torch.allclose(norm.running_mean, 0.01 * x.mean(0), atol=1e-6)
+    assert torch.allclose(norm.running_var, 0.99 + 0.01 * x.var(0), atol=1e-5)
+
+
+def test_external_attention_as_published() -> None:
+    """Softmax over points, then division by the sum over slots, written out; sums over slots are 1."""
+    torch.manual_seed(0)
+    ea = ExternalAttention(16, heads=8).double().eval()
+    x = torch.randn(37, 16, dtype=torch.float64)
+    heads = ea.expand(x).view(37, 8, 8).transpose(0, 1)
+    attention = ea.key(heads).softmax(1)
+    attention = attention / (1e-9 + attention.sum(2, keepdim=True))
+    assert torch.allclose(attention.sum(2), torch.ones(8, 37, dtype=torch.float64), atol=1e-6)
+    wanted = ea.project(ea.value(attention).transpose(0, 1).reshape(37, -1))
+    assert torch.allclose(ea(x), wanted, atol=1e-6)
+    assert not torch.allclose(ea(x[:20]), wanted[:20], atol=1e-4), "a point's output depends on the batch"
+
+
+def test_external_attention_dropout_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    ea = ExternalAttention(16, heads=8, dropout=0.5)
+    x = torch.randn(50, 16)
+    ea.dropout.p = 0.0
+    plain = torch.stack([ea.attend(h) for h in ea.expand(x).view(50, 8, -1).unbind(1)])
+    ea.dropout.p = 0.5
+    many = torch.stack([torch.stack([ea.attend(h) for h in ea.expand(x).view(50, 8, -1).unbind(1)]) for _ in range(400)])
+    assert torch.allclose(many.mean(0), plain, atol=5 * many.std(0).max().item() / 20)
+    assert many.std(0).min() > 0
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2, 0.5, 0.9])
+def test_keep_mask_rate(p: float) -> None:
+    mask = keep_mask((501, 203), p, torch.device("cpu"))
+    assert mask.shape == (501, 203)
+    assert set(mask.unique().tolist()) <= {0, 1}
+    assert abs(1 - mask.float().mean().item() - p) < 4 * (0.25 / mask.numel()) ** 0.5
+
+
+def test_cbam_residual() -> None:
+    net = CBAM(8)
+    nn.init.zeros_(net.channel[2].weight)  # type: ignore[arg-type]
+    nn.init.zeros_(net.spatial.weight)
+    nn.init.zeros_(net.spatial.bias)  # type: ignore[arg-type]
+    x = torch.randn(2, 8, 5, 6)
+    assert torch.allclose(net(x), 1.25 * x)  # both gates sigmoid(0)
+
+
+def test_fusion_stops_gradients() -> None:
+    net = CrossModal(6, 16, 8)
+    assert net.fusion is not None
+    frame, pixel = torch.zeros(9, dtype=torch.int64), torch.randint(0, 5, (9, 2))
+    map_2d, feat_3d = torch.randn(1, 16, 5, 5, requires_grad=True), torch.randn(9, 8, requires_grad=True)
+    out = net.fusion(map_2d, feat_3d, frame, pixel)
+    assert out.shape == (9, 24)
+    out.sum().backward()
+    assert map_2d.grad is None
+    assert feat_3d.grad is None
+
+
+def test_teacher_is_the_mean_of_its_start_and_all_students() -> None:
+    torch.manual_seed(0)
+    student, teacher = nn.BatchNorm1d(4), nn.BatchNorm1d(4).requires_grad_(False)
+    nn.init.normal_(teacher.weight)
+    values = [teacher.weight.clone()]
+    for step in range(1, 8):
+        nn.init.normal_(student.weight)
+        student.running_mean.fill_(step)  # type: ignore[union-attr]
+        values.append(student.weight.detach().clone())
+        update_teacher(teacher, student, step)
+        assert torch.allclose(teacher.weight, torch.stack(values).mean(0), atol=1e-6)
+    assert not teacher.running_mean.any(), "buffers are not averaged"  # type: ignore[union-attr]
+    before = teacher.weight.clone()
+    update_teacher(teacher, student, 10**6)
+    assert torch.allclose(teacher.weight, 0.999 * before + 0.001 * student.weight, atol=1e-6)

@@ -1,0 +1,357 @@
+"""The loop: repeatability, kill and resume, protocol, pseudo-labels, and the commands with their exit codes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from typer.testing import CliRunner, Result
+
+from ftdpp import data, losses, train
+from ftdpp.data import IGNORE
+from ftdpp.ftd import app
+
+TINY = ["--set", "image=48,88", "--set", "batch=2", "--set", "width=8", "--set", "m=4"]
+
+
+def ftd(*args: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+def train_args(out: Path, world: Path, cache: Path, *more: object, method: str = "ftdpp", steps: int = 4) -> list[str]:
+    args = ["train", "--src", "usa", "--tgt", "singapore", "--method", method, "--preset", "small", "--steps", steps, "--seed", 0,
+            "--out", out, "--data", world, "--cache", cache, *TINY, *more]  # fmt: skip
+    return [str(a) for a in args]
+
+
+@pytest.fixture(scope="module")
+def finished(world: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six iterations, saved every two."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    result = ftd(*train_args(out, world, cache, "--set", "save_every=2", steps=6))
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def same_bytes(a: Path, b: Path) -> bool:
+    return all((a / n).read_bytes() == (b / n).read_bytes() for n in ("last.safetensors", "best.safetensors", "log.csv"))
+
+
+def test_run_leaves_everything(finished: Path) -> None:
+    with safe_open(finished / "last.safetensors", "pt") as file:
+        keys = set(file.keys())
+    for wanted in ("student/net_2d.trunk.conv1.weight", "student/net_3d.trunk.stem.weight", "student/fusion.mix.weight",
+                   "teacher/net_2d.main.weight", "optimizer/net_3d.main.weight/exp_avg_sq"):  # fmt: skip
+        assert wanted in keys
+    meta = train.read_metadata(finished / "last.safetensors")
+    assert meta["iteration"] == 6
+    assert meta["rng"] == {"seed": 0, "iteration": 6}
+    assert meta["best"]["split"] == "val"
+    record = json.loads((finished / "run.json").read_text())
+    assert {"command", "recipe", "seed", "versions", "git", "data"} <= record.keys()
+    rows = list(csv.DictReader((finished / "log.csv").read_text().splitlines()))
+    assert [int(r["iteration"]) for r in rows] == [1, 2, 3, 4, 5, 6]
+    assert {"seg_2d", "seg_3d", "mimic_2d_src", "mimic_3d_tgt", "distill_single", "distill_fused"} <= rows[0].keys()
+
+
+def test_two_runs_give_equal_bytes(finished: Path, world: Path, cache: Path, tmp_path: Path) -> None:
+    """Whatever the number of loading processes."""
+    assert ftd(*train_args(tmp_path / "again", world, cache, "--set", "save_every=2", "--workers", 1, steps=6)).exit_code == 0
+    assert same_bytes(finished, tmp_path / "again")
+    assert ftd(*train_args(tmp_path / "other", world, cache, "--set", "save_every=2", "--seed", 1, steps=6)).exit_code == 0
+    assert not same_bytes(finished, tmp_path / "other")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_killed_and_resumed_is_the_run_left_alone(number: int, finished: Path, world: Path, cache: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    args = train_args(out, world, cache, "--set", "save_every=2", steps=6)
+    process = subprocess.Popen([sys.executable, "-m", "ftdpp.ftd", *args], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (out / "last.safetensors").exists():
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    reached = train.read_metadata(out / "last.safetensors")["iteration"]
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    elif reached < 6:  # the signal may come after the last iteration on a fast machine
+        assert process.returncode == 130, err
+        assert "saved" in err
+    assert reached >= 2
+    result = ftd(*args, "--resume")
+    assert result.exit_code == 0, result.output
+    assert same_bytes(finished, out)
+
+
+def test_resume_refuses_what_does_not_fit(finished: Path, world: Path, cache: Path, tmp_path: Path) -> None:
+    again = train_args(finished, world, cache, "--set", "save_every=2", steps=6)
+    result = ftd(*again)
+    assert result.exit_code == 2
+    assert "--resume" in result.output
+    result = ftd(*again, "--resume", "--set", "lr=0.5")
+    assert result.exit_code == 1
+    assert "lr=" in result.output
+    assert ftd(*train_args(tmp_path / "none", world, cache), "--resume").exit_code == 2
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "last.safetensors").write_bytes((finished / "last.safetensors").read_bytes()[:1000])
+    result = ftd(*train_args(broken, world, cache), "--resume")
+    assert result.exit_code == 1
+    assert "last.safetensors" in result.output
+
+
+def test_non_finite_loss_names_term_and_frames(world: Path, cache: Path, tmp_path: Path) -> None:
+    result = ftd(*train_args(tmp_path / "run", world, cache, "--set", "lr=1e30"))
+    assert result.exit_code == 4, result.output
+    assert "nan" in result.output or "inf" in result.output
+    index = train.Source("usa", world).index("train", losses.recipe("usa-singapore", "ftdpp", "small", overrides=["image=48,88"]), cache)
+    assert any(token in result.output.replace("\n", "") for token in index.tokens)
+    assert not (tmp_path / "run" / "last.safetensors").exists()
+
+
+@pytest.mark.parametrize(("args", "code", "words"), [
+    (["train", "--src", "usa", "--tgt", "singapor"], 2, "did you mean 'singapore'"),
+    (["train", "--src", "usa", "--tgt", "singapore", "--method", "ftd++"], 2, "did you mean 'ftdpp'"),
+    (["train", "--src", "usa", "--tgt", "singapore", "--set", "lrr=1"], 2, "did you mean 'lr'"),
+    (["train", "--src", "usa"], 2, "--tgt"),
+    (["train", "--src", "skitti", "--tgt", "skitti"], 2, "--data"),
+    (["train", "--src", "usa", "--tgt", "singapore", "--data", "/nowhere"], 3, "/nowhere"),
+    (["eval", "/nowhere"], 1, "/nowhere"),
+    (["pseudo", "/nowhere", "--out", "x"], 1, "/nowhere"),
+    (["data", "check", "/nowhere", "--domain", "usa"], 3, "/nowhere"),
+    (["frobnicate"], 2, "frobnicate"),
+])  # fmt: skip
+def test_bad_commands(args: list[str], code: int, words: str, tmp_path: Path) -> None:
+    result = ftd(*args, *(["--out", tmp_path / "run", "--cache", tmp_path] if args[0] == "train" else []))
+    assert result.exit_code == code, result.output
+    assert words in result.output.replace("\n", " ")
+
+
+def test_out_of_memory(world: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("nothing left")
+
+    monkeypatch.setattr(train, "step", full)
+    result = ftd(*train_args(tmp_path / "run", world, cache))
+    assert result.exit_code == 5
+    assert "batch" in result.output
+
+
+def test_help_is_immediate() -> None:
+    """It must not import torch."""
+    code = "import sys; from ftdpp import ftd; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def test_eval_json(finished: Path, cache: Path) -> None:
+    for checkpoint in ("best", "last"):
+        result = CliRunner().invoke(app, ["eval", str(finished), "--split", "test", "--checkpoint", checkpoint, "--json", "--cache", str(cache)])
+        assert result.exit_code == 0, result.output
+        score = json.loads(result.stdout)
+        assert score["split"] == "test"
+        assert score["checkpoint"].startswith(f"{checkpoint}.safetensors, iteration")
+        assert set(score["miou"]) == set(score["iou"]) == {"2d", "3d", "2d+3d"}
+        for head, classes in score["iou"].items():
+            assert list(classes) == list(data.CLASS_SETS["street6"].names)
+            mean = sum(v or 0.0 for v in classes.values()) / 6
+            assert score["miou"][head] == pytest.approx(mean)
+
+
+def test_eval_table_and_pictures(finished: Path, cache: Path, tmp_path: Path) -> None:
+    result = ftd("eval", finished, "--cache", cache, "--overlay", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "mIoU" in result.output
+    assert "singapore test" in result.output.replace("\n", " ")
+    assert len(list(tmp_path.glob("*.png"))) == 4  # two frames, predicted and labelled
+    assert ftd("eval", finished, "--split", "tset").exit_code == 2
+
+
+def test_confusion_and_iou_slowly() -> None:
+    g = torch.Generator().manual_seed(0)
+    pred, label = torch.randint(0, 3, (200,), generator=g), torch.randint(0, 3, (200,), generator=g)
+    label[::7] = IGNORE
+    matrix = train.confusion(pred, label, 4)
+    for i in range(4):
+        for j in range(4):
+            assert matrix[i, j] == sum(a == i and b == j for a, b in zip(label.tolist(), pred.tolist(), strict=True))
+    per_class, mean = train.iou(matrix)
+    for c in range(3):
+        seen = [(a, b) for a, b in zip(label.tolist(), pred.tolist(), strict=True) if a != IGNORE]
+        both, either = sum(a == b == c for a, b in seen), sum(c in (a, b) for a, b in seen)
+        assert per_class[c] == pytest.approx(both / either)
+    assert per_class[3] != per_class[3], "an absent class has no IoU"
+    assert mean == pytest.approx(sum(per_class[:3]) / 4), "and counts as 0 in the mean"
+    assert train.iou(train.confusion(pred, torch.full((200,), IGNORE), 4))[1] == 0
+
+
+# ---- pseudo-labels ---------------------------------------------------------------------------------------------------
+
+
+def test_refine_slowly() -> None:
+    g = torch.Generator().manual_seed(0)
+    label, prob = torch.randint(0, 4, (301,), generator=g), torch.rand(301, generator=g)
+    prob[label == 3] = 0.95
+    refined, thresholds = train.refine(label, prob, 5)
+    for c in range(4):
+        mine = sorted(prob[label == c].tolist())
+        assert thresholds[c] == pytest.approx(min(mine[(len(mine) - 1) // 2], 0.9))
+        assert (refined == c).sum() >= len(mine) / 2
+    assert (refined == 3).sum() == (label == 3).sum(), "all at 0.9 and above are kept"
+    assert thresholds[4] == 0
+    for a, b, p in zip(label.tolist(), refined.tolist(), prob.tolist(), strict=True):
+        assert b == (a if p >= torch.tensor(thresholds[a]).item() else IGNORE)
+
+
+def test_pseudo_labels_and_second_stage(finished: Path, world: Path, cache: Path, tmp_path: Path) -> None:
+    file = tmp_path / "pseudo.safetensors"
+    result = ftd("pseudo", finished, "--out", file, "--cache", cache)
+    assert result.exit_code == 0, result.output
+    tensors, meta = load_file(file), train.read_metadata(file)
+    model, r, _ = train.load_student(finished / "last.safetensors")
+    index = train.Source("singapore", world).index("train", r, cache)
+    assert {k.rsplit("/", 1)[0] for k in tensors} == set(index.tokens)
+    [(_, batch)] = train.batches_of(index, r, len(index))
+    with torch.no_grad():
+        logits = torch.cat([model(b.image, b.pixel, b.coords).main_3d for _, b in train.batches_of(index, r, r.eval_batch)])
+    prob, label = logits.softmax(1).max(1)
+    refined, thresholds = train.refine(label, prob, 6)
+    assert meta["thresholds_3d"] == pytest.approx(thresholds)
+    stored = torch.cat([tensors[f"{t}/label_3d"] for t in index.tokens]).long()
+    assert torch.equal(stored.masked_fill(stored == 255, IGNORE), refined)
+    assert meta["kept_3d"] == torch.bincount(refined[refined != IGNORE], minlength=6).tolist()
+
+    labels = train.PseudoLabels(file, r, index)
+    labels.attach(batch)
+    assert batch.label_3d is not None
+    assert torch.equal(batch.label_3d, refined)
+
+    second = ftd(*train_args(tmp_path / "second", world, cache, "--pseudo", file, steps=2))
+    assert second.exit_code == 0, second.output
+    assert "pseudo_2d" in (tmp_path / "second" / "log.csv").read_text()
+
+    wrong = ftd(*train_args(tmp_path / "wrong", world, cache, "--pseudo", file, method="xmuda"))
+    assert wrong.exit_code == 1
+    assert "method" in wrong.output
+    assert ftd(*train_args(tmp_path / "wrong", world, cache, "--pseudo", file, "--src", "day", "--tgt", "night")).exit_code in (1, 3)
+    assert ftd(*train_args(tmp_path / "wrong", world, cache, "--pseudo", tmp_path / "none")).exit_code == 2
+    result = ftd(*train_args(tmp_path / "wrong", world, cache, "--pseudo", finished / "last.safetensors"))
+    assert result.exit_code == 1
+    assert "not a pseudo-label file" in result.output
+
+    meta["kept_2d"] = [0] * 6
+    train._save(tmp_path / "empty.safetensors", tensors, meta)
+    with pytest.raises(train.RunError, match="keeps no label"):
+        train.PseudoLabels(tmp_path / "empty.safetensors", r, index)
+
+
+# ---- other settings --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["source-only", "source-only-fusion", "xmuda", "target-only"])
+def test_every_method_trains(method: str, world: Path, cache: Path, tmp_path: Path) -> None:
+    result = ftd(*train_args(tmp_path / "run", world, cache, method=method, steps=2))
+    assert result.exit_code == 0, result.output
+    assert train.read_metadata(tmp_path / "run" / "last.safetensors")["recipe"]["method"] == method
+
+
+def test_compare(world: Path, cache: Path, tmp_path: Path) -> None:
+    result = ftd("compare", "--methods", "source-only,ftdpp+pl", "--seeds", "0,1", "--preset", "small", "--data", world, "--cache", cache,
+                 "--out", tmp_path, *TINY, "--set", "steps=2")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "compare.json").read_text())
+    assert [(r["method"], r["seed"]) for r in rows] == [(m, s) for s in (0, 1) for m in ("source-only", "ftdpp", "ftdpp+pl")]
+    assert all(r["split"] == "test" for r in rows)
+    assert "±" in result.output
+
+
+def test_convert_released_checkpoints(tmp_path: Path) -> None:
+    """Files with the released names, as .pth, give a checkpoint that loads; a pickle with code in it is refused."""
+    r = losses.recipe("usa-singapore")
+    model = train.build(r)
+    parts: dict[str, dict[str, torch.Tensor]] = {"2d": {}, "3d": {}, "fusion": {}}
+    released = {
+        "net_2d.trunk.up.0.": "net_2d.dec_t_conv_stage2.", "net_2d.trunk.up.1.": "net_2d.dec_t_conv_stage3.",
+        "net_2d.trunk.up.2.": "net_2d.dec_t_conv_stage4.", "net_2d.trunk.up.3.": "net_2d.dec_t_conv_stage5.",
+        "net_2d.trunk.merge.0.": "net_2d.dec_conv_stage1.", "net_2d.trunk.merge.1.": "net_2d.dec_conv_stage2.",
+        "net_2d.trunk.merge.2.": "net_2d.dec_conv_stage3.", "net_2d.trunk.merge.3.": "net_2d.dec_conv_stage4.",
+        "net_2d.trunk.": "net_2d.", "net_2d.fused_in.": "proj_head1.", "net_2d.fused_out.": "proj_head2.",
+        "net_2d.main.": "cls_head1.", "net_2d.mimic.": "cls_head2.", "net_3d.main.": "cls_head1.", "net_3d.mimic.": "cls_head2.",
+        "net_3d.trunk.stem.": "net_3d.sparseModel.1.", "net_3d.trunk.norm.": "net_3d.sparseModel.3.",
+        "fusion.cbam.channel.": "cbam.ca.se.", "fusion.cbam.spatial.": "cbam.sa.conv.", "fusion.mix.": "mlp.0.",
+        "fusion.out.": "fusion.0.", "fusion.norm.": "fusion.1.",
+    }  # fmt: skip
+    for level in range(7):
+        for ours, theirs in (("encode", "0"), ("down", "1.1"), ("up", "1.1"), ("decode", "3")):
+            first = 3 if ours == "up" else 0
+            for i, kind in enumerate(("norm", "conv")):
+                released[f"net_3d.trunk.{ours}.{level}.{kind}."] = f"net_3d.sparseModel.2{'.1.1.2' * level}.{theirs}.{first + i}."
+    for ours, theirs in (("attend_2d", "ea_2d"), ("attend_3d", "ea_3d"), ("attend", "ea_fuse")):
+        for a, b in (("expand", "trans_dims"), ("key", "linear_0"), ("value", "linear_1"), ("project", "proj")):
+            released[f"fusion.{ours}.{a}."] = f"{theirs}.{b}."
+    for name, tensor in model.state_dict().items():
+        prefix = max((p for p in released if name.startswith(p)), key=len)
+        part = "fusion" if name.startswith("fusion") else name[4:6]
+        value = tensor.unsqueeze(1) if part == "3d" and tensor.ndim == 3 else tensor
+        parts[part][released[prefix] + name.removeprefix(prefix)] = value
+    for part, state in parts.items():
+        torch.save({"model": state, "iteration": 60000}, tmp_path / f"{part}.pth")
+    args = ["convert", "--2d", tmp_path / "2d.pth", "--3d", tmp_path / "3d.pth", "--fusion", tmp_path / "fusion.pth",
+            "--out", tmp_path / "x.safetensors", "--scenario"]  # fmt: skip
+    result = ftd(*args, "usa-singapore")
+    assert result.exit_code == 0, result.output
+    loaded, _, meta = train.load_student(tmp_path / "x.safetensors")
+    assert meta["iteration"] == 60000
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    assert ftd(*args, "a2d2-skitti").exit_code == 1, "ten classes do not fit six"
+
+    torch.save({"model": os.system}, tmp_path / "3d.pth")
+    result = ftd(*args, "usa-singapore")
+    assert result.exit_code == 1
+    assert "3d.pth" in result.output
+
+
+def test_recipes_command() -> None:
+    result = CliRunner().invoke(app, ["recipes", "--json"])
+    assert result.exit_code == 0
+    table = json.loads(result.stdout)
+    assert table["day-night"]["ftdpp"]["student_mix"] == 0.8
+    assert "usa-singapore" in ftd("recipes").output
+
+
+def test_data_commands(world: Path, cache: Path, tmp_path: Path) -> None:
+    result = ftd("data", "check", world, "--domain", "singapore")
+    assert result.exit_code == 0, result.output
+    result = ftd("data", "prepare", world, "--domain", "singapore", "--split", "val", "--size", "48,88", "--cache", cache)
+    assert result.exit_code == 0, result.output
+    assert "2 frames" in result.output
+    assert ftd("data", "synth", world).exit_code == 2, "an existing folder is not overwritten"
+    result = ftd("data", "synth", tmp_path / "w", "--src", "day", "--tgt", "night", "--frames", "1,1,1,1", "--workers", 1)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "w" / "v1.0-trainval" / "sample.json").exists()
+
+
+def test_semi_supervised(world: Path, cache: Path, tmp_path: Path) -> None:
+    frames = len(data.list_frames(world, data.DOMAINS["singapore"], "train_labelled"))
+    result = ftd(*train_args(tmp_path / "run", world, cache, "--ssda", steps=2))
+    if frames:
+        assert result.exit_code == 0, result.output
+        assert train.read_metadata(tmp_path / "run" / "last.safetensors")["recipe"]["supervised"] == "both"
+    else:
+        assert result.exit_code == 3, result.output
