@@ -52,9 +52,17 @@ Checkpoint = Annotated[str, typer.Option(help="best (by validation mIoU) or last
 
 
 def _console() -> Console:
+    """For messages: standard error."""
     from rich.console import Console
 
     return Console(stderr=True, highlight=False)
+
+
+def _output() -> Console:
+    """For results: standard output, wide enough for a table where it is not a terminal."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def _fail(message: object, code: int) -> typer.Exit:
@@ -575,9 +583,7 @@ def evaluate(
     if as_json:
         print(json.dumps({**score.as_dict(), "method": r.method, "scenario": r.scenario, "seed": meta.get("seed")}))
         return
-    from rich.console import Console
-
-    Console().print(
+    _output().print(
         _score_table(
             [score],
             f"{r.method}, {score.checkpoint}, on {score.domain} {score.split}: {score.frames} frames, "
@@ -783,7 +789,6 @@ def compare(
 def _compare_table(rows: list[dict[str, Any]], title: str) -> None:
     import statistics
 
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
@@ -797,7 +802,7 @@ def _compare_table(rows: list[dict[str, Any]], title: str) -> None:
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}")
         table.add_row(method, *cells)
-    Console().print(table)
+    _output().print(table)
 
 
 # ---- recipes, data ----------------------------------------------------------------------------------------------------
@@ -812,7 +817,6 @@ def recipes(
     """Show every scenario and method, with the numbers in which they differ."""
     import dataclasses
 
-    from rich.console import Console
     from rich.table import Table
 
     from ftdpp import losses
@@ -853,7 +857,7 @@ def recipes(
             cells = [",".join(map(str, r[k])) if isinstance(r[k], tuple) else str(r[k]) for k in shown]
             table.add_row("" if i else scenario, method, *cells)
         table.add_section()
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    _output().print(table)
 
 
 Domain = Annotated[str, typer.Option(help="usa, singapore, day, night or skitti.")]
@@ -874,7 +878,6 @@ def data_check(
     root: Annotated[Path, typer.Argument(help="Root of the data set.")], domain: Domain, data_version: Version = None
 ) -> None:
     """Count what is there and what is missing, split by split, without opening a frame."""
-    from rich.console import Console
     from rich.table import Table
 
     from ftdpp import data
@@ -885,7 +888,7 @@ def data_check(
         table.add_column(key)
     for row in rows:
         table.add_row(*("" if v is None else str(v) for v in row.values()))
-    Console().print(table)
+    _output().print(table)
     if not any(row["frames"] for row in rows):
         raise _fail(f"{root}: no frame of any split of {domain}", DATA)
 
@@ -915,7 +918,14 @@ def data_prepare(
         except ValueError:
             raise _fail(f"--size {size}: expected H,W as in 225,400", USAGE) from None
         shape = height, width
-    for name in [None] if frames else [split] if split else [s for s in data.splits(row) if not s.startswith("train_")]:
+    names: list[str | None] = [split]
+    if frames:
+        names = [None]
+    elif split is None:  # all there is; the semi-supervised halves are part of train
+        rows = data.check(root, row, data_version)
+        names = [r["split"] for r in rows if r["frames"] and not r["split"].startswith("train_")]
+        console.print(f"splits with frames here: {', '.join(map(str, names)) or 'none'}; the others: ftd data check")
+    for name in names:
         with _bar(console) as tell:
             index = data.prepare(
                 root, row, name, classes, shape, folder, data_version, frames.split(",") if frames else None, tell
@@ -968,7 +978,6 @@ def bench(
     cache: Cache = None,
 ) -> None:
     """Time maps, sparse U-Net, data loading and the training step on this machine, beside what it can do at best."""
-    from rich.console import Console
     from rich.table import Table
 
     from ftdpp import bench as benchmark
@@ -981,7 +990,7 @@ def bench(
         table.add_column(key, justify="left" if key == "what" else "right")
     for row in rows:
         table.add_row(*("" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
-    Console().print(table)
+    _output().print(table)
     if out is not None:
         benchmark.append(out, rows)
 

@@ -81,7 +81,9 @@ def test_map_properties(n: int) -> None:
 
 def pairs(kmap: KernelMap) -> set[tuple[int, int, int]]:
     found = [
-        (k, kmap.pair_in[j].item(), kmap.pair_out[j].item()) for k in range(len(kmap.seg) - 1) for j in range(kmap.seg[k], kmap.seg[k + 1])
+        (k, kmap.pair_in[j].item(), kmap.pair_out[j].item())
+        for k in range(len(kmap.seg) - 1)
+        for j in range(kmap.seg[k], kmap.seg[k + 1])
     ]
     assert len(set(found)) == len(found) == len(kmap.pair_in)
     for rows, order, start in ((kmap.pair_out, kmap.by_out, kmap.start_out), (kmap.pair_in, kmap.by_in, kmap.start_in)):

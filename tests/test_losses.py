@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -126,9 +127,16 @@ def test_overrides_are_typed_and_misspellings_refused() -> None:
     make = lambda *o: losses.recipe("usa-singapore", overrides=o)  # noqa: E731
     r = make("lr=5e-4", "batch=2", "milestones=10,20", "pseudo_debias=false", "image=96,160")
     assert (r.lr, r.batch, r.milestones, r.pseudo_debias, r.image) == (5e-4, 2, (10, 20), False, (96, 160))
-    for bad, hint in (("lr_2D=1", "did you mean 'lr_2d'"), ("lr=fast", "expected float"), ("lr", "name=value"), ("batch=0", "at least 1"),
-                      ("batch=2.5", "expected int"), ("lr=nan", "expected float"), ("pseudo_debias=maybe", "expected bool"),
-                      ("method=x", "unknown setting")):  # fmt: skip
+    for bad, hint in (
+        ("lr_2D=1", "did you mean 'lr_2d'"),
+        ("lr=fast", "expected float"),
+        ("lr", "name=value"),
+        ("batch=0", "at least 1"),
+        ("batch=2.5", "expected int"),
+        ("lr=nan", "expected float"),
+        ("pseudo_debias=maybe", "expected bool"),
+        ("method=x", "unknown setting"),
+    ):
         with pytest.raises(losses.RecipeError, match=hint):
             make(bad)
     with pytest.raises(losses.RecipeError, match="did you mean 'usa-singapore'"):
@@ -146,13 +154,21 @@ def batch(seed: int, pseudo: bool = False) -> Batch:
     pixel = torch.stack([torch.randint(0, 20, (n,), generator=g), torch.randint(0, 33, (n,), generator=g)], 1)
     labels = [torch.randint(0, 6, (n,), generator=g) for _ in range(3)]
     labels[1][::3] = IGNORE
-    return Batch(torch.rand(2, 3, 20, 33, generator=g), pixel, coords, labels[0], ["a", "b"], [torch.arange(n // 2)] * 2, [n // 2] * 2,
-                 *(labels[1:] if pseudo else (None, None)))  # fmt: skip
+    return Batch(
+        torch.rand(2, 3, 20, 33, generator=g),
+        pixel,
+        coords,
+        labels[0],
+        ["a", "b"],
+        [torch.arange(n // 2)] * 2,
+        [n // 2] * 2,
+        *(labels[1:] if pseudo else (None, None)),
+    )
 
 
-def small(scenario: str = "usa-singapore", method: str = "ftdpp", pseudo: bool = False, **change: object) -> losses.Recipe:
+def small(scenario: str = "usa-singapore", method: str = "ftdpp", pseudo: bool = False, **change: Any) -> losses.Recipe:
     r = losses.recipe(scenario, method, "small", pseudo, ["width=16", "m=8"])
-    weights = {"class_weights": (1.0,) * 6, "class_weights_tgt": (2.0,) * 6 if r.supervised == "both" else ()}
+    weights: dict[str, Any] = {"class_weights": (1.0,) * 6, "class_weights_tgt": (2.0,) * 6 if r.supervised == "both" else ()}
     return dataclasses.replace(r, **{**weights, **change})
 
 
@@ -165,9 +181,15 @@ def touched(net: CrossModal, loss: Tensor) -> set[str]:
     """Parts of the network that a loss sends a gradient to."""
     net.zero_grad()
     loss.backward(retain_graph=True)
-    named = {".".join(k.split(".")[:2]) if not k.startswith("fusion") else "fusion": p for k, p in reversed(list(net.named_parameters()))}
-    return {part for part in named
-            if any(p.grad is not None and p.grad.abs().sum() > 0 for k, p in net.named_parameters() if k.startswith(part))}  # fmt: skip
+    named = {
+        ".".join(k.split(".")[:2]) if not k.startswith("fusion") else "fusion": p
+        for k, p in reversed(list(net.named_parameters()))
+    }
+    return {
+        part
+        for part in named
+        if any(p.grad is not None and p.grad.abs().sum() > 0 for k, p in net.named_parameters() if k.startswith(part))
+    }
 
 
 def test_who_gets_gradient_from_what() -> None:

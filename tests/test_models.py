@@ -53,8 +53,18 @@ def test_imagenet_weights(tmp_path: Path) -> None:
     """The encoder carries torchvision's names; a file of another network is refused."""
     net = UNet2D(8)
     names = set(net.state_dict())
-    assert {"conv1.weight", "bn1.running_var", "layer1.0.conv1.weight", "layer2.0.downsample.1.bias", "layer4.2.bn2.weight"} <= names
-    state = {k: torch.rand_like(v) if v.is_floating_point() else v for k, v in net.state_dict().items() if not k.startswith(("up", "merge"))}
+    assert {
+        "conv1.weight",
+        "bn1.running_var",
+        "layer1.0.conv1.weight",
+        "layer2.0.downsample.1.bias",
+        "layer4.2.bn2.weight",
+    } <= names
+    state = {
+        k: torch.rand_like(v) if v.is_floating_point() else v
+        for k, v in net.state_dict().items()
+        if not k.startswith(("up", "merge"))
+    }
     state["fc.weight"] = torch.zeros(1000, 512)
     torch.save(state, tmp_path / "resnet34.pth")
     before = net.up[0][0].weight.clone()  # type: ignore[index]

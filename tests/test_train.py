@@ -117,7 +117,9 @@ def test_non_finite_loss_names_term_and_frames(world: Path, cache: Path, tmp_pat
     result = ftd(*train_args(tmp_path / "run", world, cache, "--set", "lr=1e30"))
     assert result.exit_code == 4, result.output
     assert "nan" in result.output or "inf" in result.output
-    index = train.Source("usa", world).index("train", losses.recipe("usa-singapore", "ftdpp", "small", overrides=["image=48,88"]), cache)
+    index = train.Source("usa", world).index(
+        "train", losses.recipe("usa-singapore", "ftdpp", "small", overrides=["image=48,88"]), cache
+    )
     assert any(token in result.output.replace("\n", "") for token in index.tokens)
     assert not (tmp_path / "run" / "last.safetensors").exists()
 
@@ -161,7 +163,9 @@ def test_help_is_immediate() -> None:
 
 def test_eval_json(finished: Path, cache: Path) -> None:
     for checkpoint in ("best", "last"):
-        result = CliRunner().invoke(app, ["eval", str(finished), "--split", "test", "--checkpoint", checkpoint, "--json", "--cache", str(cache)])
+        result = CliRunner().invoke(
+            app, ["eval", str(finished), "--split", "test", "--checkpoint", checkpoint, "--json", "--cache", str(cache)]
+        )
         assert result.exit_code == 0, result.output
         score = json.loads(result.stdout)
         assert score["split"] == "test"
@@ -248,7 +252,10 @@ def test_pseudo_labels_and_second_stage(finished: Path, world: Path, cache: Path
     wrong = ftd(*train_args(tmp_path / "wrong", world, cache, "--pseudo", file, method="xmuda"))
     assert wrong.exit_code == 1
     assert "method" in wrong.output
-    assert ftd(*train_args(tmp_path / "wrong", world, cache, "--pseudo", file, "--src", "day", "--tgt", "night")).exit_code in (1, 3)
+    assert ftd(*train_args(tmp_path / "wrong", world, cache, "--pseudo", file, "--src", "day", "--tgt", "night")).exit_code in (
+        1,
+        3,
+    )
     assert ftd(*train_args(tmp_path / "wrong", world, cache, "--pseudo", tmp_path / "none")).exit_code == 2
     result = ftd(*train_args(tmp_path / "wrong", world, cache, "--pseudo", finished / "last.safetensors"))
     assert result.exit_code == 1
@@ -271,8 +278,24 @@ def test_every_method_trains(method: str, world: Path, cache: Path, tmp_path: Pa
 
 
 def test_compare(world: Path, cache: Path, tmp_path: Path) -> None:
-    result = ftd("compare", "--methods", "source-only,ftdpp+pl", "--seeds", "0,1", "--preset", "small", "--data", world, "--cache", cache,
-                 "--out", tmp_path, *TINY, "--set", "steps=2")  # fmt: skip
+    result = ftd(
+        "compare",
+        "--methods",
+        "source-only,ftdpp+pl",
+        "--seeds",
+        "0,1",
+        "--preset",
+        "small",
+        "--data",
+        world,
+        "--cache",
+        cache,
+        "--out",
+        tmp_path,
+        *TINY,
+        "--set",
+        "steps=2",
+    )
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "compare.json").read_text())
     assert [(r["method"], r["seed"]) for r in rows] == [(m, s) for s in (0, 1) for m in ("source-only", "ftdpp", "ftdpp+pl")]
