@@ -5,13 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import os
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -19,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ftdpp.losses import Recipe
-    from ftdpp.train import Run, Score, Source
+    from ftdpp.train import Run, Source
 
 app = typer.Typer(
     name="ftd",
@@ -33,6 +30,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Look at data sets, prepare th
 app.add_typer(data_app, name="data")
 
 FAILED, USAGE, DATA, NON_FINITE, OUT_OF_MEMORY, INTERRUPTED = 1, 2, 3, 4, 5, 130
+BUILT_IN = (("usa", "singapore"), ("day", "night"))  # pairs of domains that synth.py can make
 
 # Options that several commands share.
 Src = Annotated[
@@ -51,22 +49,10 @@ Workers = Annotated[int | None, typer.Option(help="Data loading processes; defau
 Checkpoint = Annotated[str, typer.Option(help="best (by validation mIoU) or last.")]
 
 
-def _console() -> Console:
-    """For messages: standard error."""
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False)
-
-
-def _output() -> Console:
-    """For results: standard output, wide enough for a table where it is not a terminal."""
-    from rich.console import Console
-
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-
-
 def _fail(message: object, code: int) -> typer.Exit:
-    _console().print(f"ftd: {message}", markup=False, style="bold red", soft_wrap=True)
+    from ftdpp import screen
+
+    screen.messages().print(f"ftd: {message}", markup=False, style="bold red", soft_wrap=True)
     return typer.Exit(code)
 
 
@@ -77,9 +63,10 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         import torch
 
+        from ftdpp.checkpoint import RunError
         from ftdpp.data import DataError
         from ftdpp.losses import RecipeError
-        from ftdpp.train import Interrupted, NonFiniteLoss, RunError
+        from ftdpp.train import Interrupted, NonFiniteLoss
 
         try:
             command(*args, **kwargs)
@@ -130,35 +117,9 @@ def _preset(name: str | None, device: Any) -> tuple[str, str]:
     return ("paper", "a GPU is present") if device.type == "cuda" else ("small", "two CPU cores train it in minutes")
 
 
-@contextmanager
-def _bar(console: Console) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar fed by `progress(done, total, what)`, one line per kind of work."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    ) as bar:
-        tasks: dict[str, Any] = {}
-
-        def tell(done: int, total: int, what: str) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, total=total)
-
-        yield tell
-
-
-BUILT_IN = (("usa", "singapore"), ("day", "night"))
-
-
 def _world(src: str, tgt: str, cache: Path, console: Console) -> Path:
     """The root of the built-in street world for a pair of domains, written on first use."""
-    from ftdpp import synth
+    from ftdpp import screen, synth
 
     if (src, tgt) not in BUILT_IN:
         pairs = ", ".join(f"--src {a} --tgt {b}" for a, b in BUILT_IN)
@@ -172,7 +133,7 @@ def _world(src: str, tgt: str, cache: Path, console: Console) -> Path:
         style="bold black on yellow",
     )
     if not root.is_dir():
-        with _bar(console) as tell:
+        with screen.bar(console) as tell:
             synth.write_world(root, src, tgt, progress=lambda done, total: tell(done, total, "building the street world"))
     return root
 
@@ -197,18 +158,6 @@ def _sources(
     return made[0], made[1]
 
 
-def _facts(console: Console, rows: list[tuple[str, str, str]]) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, show_header=False, padding=(0, 1))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    table.add_column(style="dim")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-
-
 # ---- train -----------------------------------------------------------------------------------------------------------
 
 
@@ -220,156 +169,6 @@ def _git_hash() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None
-
-
-def _make_run(
-    r: Recipe,
-    seed: int,
-    out: Path,
-    src: Source,
-    tgt: Source,
-    val: Source,
-    pseudo: Path | None,
-    device: Any,
-    workers: int | None,
-    cache: Path,
-    pretrained: str | None,
-    console: Console,
-) -> tuple[Run, list[tuple[str, str, str]]]:
-    """Prepare the splits that a recipe needs. Returns the run and what was decided on the way."""
-    from ftdpp import train
-    from ftdpp.data import DOMAINS, splits
-
-    needs = train.needs(r)
-    sides = {"src": src, "tgt": tgt}
-    with _bar(console) as tell:
-        labelled = [sides[side].index(split, r, cache, tell) for side, split in needs["labelled"]]
-        unlabelled = tgt.index(needs["unlabelled"], r, cache, tell) if needs["unlabelled"] else None
-        reason = "periodic validation and the choice of the best checkpoint"
-        index = None
-        if tgt.frames and not val.frames:
-            reason = "none: the target frames were named one by one; name others with --val-frames"
-        elif not val.frames and "val" not in splits(DOMAINS[tgt.domain]):
-            reason = f"none: {tgt.domain} has no validation split"
-        else:
-            index = val.index("val", r, cache, tell)
-            if not len(index) or index.fingerprint["unlabelled_frames"]:
-                index, reason = (None, "none: there is no frame, or a frame without labels, in the target's val split here")
-    labels = train.PseudoLabels(pseudo, r, unlabelled) if pseudo and unlabelled is not None else None
-    cores = os.cpu_count() or 1
-    count = (0 if cores <= 4 else min(8, cores // 2)) if workers is None else workers
-    run = train.Run(out, r, seed, labelled, unlabelled, index, labels, device, count, pretrained)
-    facts = [
-        (
-            side,
-            f"{len(i)} frames, {i.fingerprint['points']:,} points",
-            f"{i.identity['domain']} {i.identity['split'] or 'chosen frames'}: {why}",
-        )
-        for side, i, why in [
-            *(("labelled", i, "supervised loss") for i in labelled),
-            *([("unlabelled", unlabelled, "adaptation, labels never read")] if unlabelled is not None else []),
-        ]
-    ]
-    facts.append(("validation", f"{len(index)} frames" if index is not None else "off", reason))
-    facts.append(("workers", str(count), f"{cores} cores" if workers is None else "--workers"))
-    weights = " ".join(f"{w:.2f}" for w in run.recipe.class_weights)
-    facts.append(
-        ("class weights", weights, "from the paper" if r.class_weights else "log-smoothed counts of the labelled points")
-    )
-    return run, facts
-
-
-class _Drawing:
-    """The live display of a training: bar, ETA, data-wait share, memory, loss terms. `units` lets several runs share one ETA."""
-
-    def __init__(self, console: Console, total_units: float) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), console=console
-        )
-        self.task = self.progress.add_task("starting", total=total_units, note="")
-        self.begin: float | None = None
-        self.skipped = self.done = 0.0
-        self.waited = self.worked = 0.0
-        self.total = total_units
-
-    def step(self, name: str, step: Any, units: float, memory: int) -> None:
-        now = time.perf_counter()
-        if self.begin is None:
-            self.begin = now - step.seconds
-        self.done += units
-        self.waited += step.seconds * step.waited
-        self.worked += step.seconds
-        eta = (now - self.begin) / self.done * max(self.total - self.skipped - self.done, 0)
-        terms = " ".join(f"{k} {v:.2f}" for k, v in step.terms.items())
-        note = (
-            f"{step.iteration} | ETA {int(eta // 60)}:{int(eta % 60):02d} | {step.seconds * 1e3:.0f} ms | "
-            f"data wait {self.waited / max(self.worked, 1e-9):.0%} | {memory / 2**30:.1f} GiB\n{terms}"
-        )
-        self.progress.update(self.task, description=name, completed=self.skipped + self.done, note=note)
-
-    def evaluated(self, units: float) -> None:
-        self.done += units
-
-
-def _cost(r: Recipe) -> float:
-    """Work of one iteration, in forward passes of a frame: 3 for a forward and backward on each domain, 1 for the teacher's
-    forward; the fusion module takes as long as four fifths of the rest."""
-    from ftdpp.losses import uses_teacher
-
-    passes = 3.0 + (3.0 if r.mimic_tgt or r.pseudo else 0.0) + (1.0 if uses_teacher(r) else 0.0)
-    return r.batch * passes * (1.8 if r.fusion else 1.0)
-
-
-def _units(run: Run) -> float:
-    left = run.recipe.steps - run.iteration
-    return left * _cost(run.recipe) + _validations(run) * (len(run.val) if run.val is not None else 0)
-
-
-def _validations(run: Run) -> int:
-    return (
-        len(
-            {*range(run.recipe.val_every, run.recipe.steps + 1, run.recipe.val_every), run.recipe.steps}
-            - set(range(run.iteration + 1))
-        )
-        if run.val is not None
-        else 0
-    )
-
-
-def _fit(run: Run, name: str, drawing: _Drawing, board: Any = None) -> None:
-    """Drive the loop: draw it, and turn Ctrl-C and SIGTERM into "save, then leave"."""
-    from ftdpp import train
-
-    def stop(signum: int, frame: Any) -> None:
-        if run.stop:  # a second signal: leave now, the last save stands
-            raise KeyboardInterrupt
-        run.stop = True
-
-    old = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    cost = _cost(run.recipe)
-    try:
-        for event in train.fit(run):
-            if isinstance(event, train.Step):
-                drawing.step(name, event, cost, train.peak_memory(run.device))
-                if board is not None:
-                    for key, value in event.terms.items():
-                        board.add_scalar(f"loss/{key}", value, event.iteration)
-            else:
-                drawing.evaluated(len(run.val) if run.val is not None else 0)
-                best = run.best or {}
-                drawing.progress.console.print(
-                    f"  {name}: {event.checkpoint}, {event.domain} {event.split} ({event.frames} frames): mIoU "
-                    + ", ".join(f"{h} {v:.1%}" for h, v in event.miou.items())
-                    + (" (best so far)" if best.get("iteration") == run.iteration else "")
-                )
-                if board is not None:
-                    for head, value in event.miou.items():
-                        board.add_scalar(f"val/{head}", value, run.iteration)
-    finally:
-        for s, handler in old.items():
-            signal.signal(s, handler)
 
 
 def _write_run_file(run: Run, src: Source, tgt: Source, argv: list[str]) -> None:
@@ -424,11 +223,11 @@ def train(
     ] = False,
 ) -> None:
     """Train on SRC, adapt to TGT. Leaves last.safetensors, best.safetensors, log.csv and run.json in the run folder."""
-    from ftdpp import kernels, losses
+    from ftdpp import kernels, losses, screen
     from ftdpp import train as engine
     from ftdpp.data import DOMAINS
 
-    console = _console()
+    console = screen.messages()
     for what, domain in (("--src", src), ("--tgt", tgt)):
         if domain not in DOMAINS:
             raise losses.unknown(f"domain {what}", domain, list(DOMAINS))
@@ -450,9 +249,10 @@ def train(
         src, tgt, (src_data or data, tgt_data or data), data_version, (src_frames, tgt_frames), folder, console
     )
     val = engine.Source(tgt, target.root, target.version, val_frames.split(",") if val_frames else None)
-    run, facts = _make_run(r, seed, out, source, target, val, pseudo, dev, workers, folder, pretrained, console)
+    with screen.bar(console) as tell:
+        run, facts = engine.assemble(r, seed, out, source, target, val, folder, pseudo, dev, workers, pretrained, tell)
     name, why = kernels.backend()
-    _facts(
+    screen.facts(
         console,
         [
             (
@@ -484,9 +284,9 @@ def train(
         except ImportError:
             raise _fail("--tensorboard: not installed; pip install 'ftdpp[tensorboard]'", USAGE) from None
         board = SummaryWriter(str(out / "tensorboard"))
-    drawing = _Drawing(console, _units(run))
-    with drawing.progress:
-        _fit(run, method, drawing, board)
+    display = screen.Display(console, engine.work_left(run))
+    with display.progress:
+        screen.drive(run, method, display, board)
     if board is not None:
         board.close()
     chosen = (
@@ -532,23 +332,6 @@ def _run_source(run: Path, side: str, domain: str | None, data: Path | None, ver
     return Source(stored["domain"], Path(stored["root"]), version or stored["version"], chosen)
 
 
-def _score_table(scores: list[Score], title: str) -> Any:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    table.add_column("class")
-    for head in ("2d", "3d", "2d+3d"):
-        table.add_column(head.upper(), justify="right")
-    score = scores[0]
-    for name in score.iou["2d"]:
-        absent = " (no labelled point: counts as 0)" if name in score.absent else ""
-        values = [score.iou[h][name] for h in score.iou]
-        table.add_row(name + absent, *("-" if v is None else f"{100 * v:.1f}" for v in values))
-    table.add_section()
-    table.add_row("mIoU", *(f"{100 * v:.1f}" for v in score.miou.values()))
-    return table
-
-
 @app.command("eval")
 @guarded
 def evaluate(
@@ -565,47 +348,43 @@ def evaluate(
     cache: Cache = None,
 ) -> None:
     """Evaluate a checkpoint: point-level IoU of 2D, 3D and 2D+3D, per class."""
-    from ftdpp import train as engine
+    from ftdpp import checkpoint as files
+    from ftdpp import evaluate as protocol
+    from ftdpp import screen
     from ftdpp.data import DOMAINS, splits
 
-    console = _console()
+    console = screen.messages()
     path = _checkpoint(run, checkpoint)
     dev, _ = _device(device)
-    model, r, meta = engine.load_student(path, dev)
+    model, r, meta = files.load_student(path, dev)
     source = _run_source(run, "tgt", domain, data, data_version, frames)
     if frames is None and split not in splits(DOMAINS[source.domain]):
         raise _fail(f"--split {split}: {source.domain} has {', '.join(splits(DOMAINS[source.domain]))}", USAGE)
-    with _bar(console) as tell:
+    with screen.bar(console) as tell:
         index = source.index(split, r, _cache(cache)[0], tell)
-        score = engine.evaluate(model, index, r, f"{path.name}, iteration {meta['iteration']}", dev, tell)
+        score = protocol.evaluate(model, index, r, f"{path.name}, iteration {meta['iteration']}", dev, tell)
     if overlay is not None:
         _overlays(overlay, model, index, r, dev, console)
     if as_json:
         print(json.dumps({**score.as_dict(), "method": r.method, "scenario": r.scenario, "seed": meta.get("seed")}))
         return
-    _output().print(
-        _score_table(
-            [score],
-            f"{r.method}, {score.checkpoint}, on {score.domain} {score.split}: {score.frames} frames, "
-            f"{score.points:,} labelled points; IoU in percent",
-        )
-    )
+    screen.results().print(screen.score_table(score, r.method))
 
 
 def _overlays(folder: Path, model: Any, index: Any, r: Recipe, dev: Any, console: Console, count: int = 4) -> None:
     import torch
 
     from ftdpp import data, report
-    from ftdpp import train as engine
+    from ftdpp import evaluate as protocol
 
     folder.mkdir(parents=True, exist_ok=True)
     names = data.CLASS_SETS[r.classes].names
     for i in range(min(count, len(index))):
         frame = index.frame(i)
         with torch.no_grad():
-            [(_, batch)] = engine.batches_of(index, r, 1, range(i, i + 1))
+            [(_, batch)] = protocol.batches_of(index, r, 1, range(i, i + 1))
             batch = batch.to(dev)
-            predicted = engine.ensemble(model(batch.image, batch.pixel, batch.coords)).argmax(1).cpu().numpy()
+            predicted = protocol.ensemble(model(batch.image, batch.pixel, batch.coords)).argmax(1).cpu().numpy()
         label = frame.label.copy()
         label[:] = data.UNLABELLED
         label[batch.keep[0].numpy()] = predicted
@@ -632,40 +411,29 @@ def pseudo(
     cache: Cache = None,
 ) -> None:
     """Predict the target training frames and keep the confident labels, for a second stage: ftd train ... --pseudo FILE."""
-    from rich.table import Table
-
+    from ftdpp import checkpoint as files
+    from ftdpp import evaluate as protocol
+    from ftdpp import screen
     from ftdpp import train as engine
 
-    console = _console()
+    console = screen.messages()
     path = _checkpoint(run, checkpoint)
     dev, _ = _device(device)
-    model, r, meta = engine.load_student(path, dev)
+    model, r, meta = files.load_student(path, dev)
     source = _run_source(run, "tgt", domain, data, data_version, frames)
     if frames is None and data is None:
         record = (run if run.is_dir() else run.parent) / "run.json"
         source.frames = json.loads(record.read_text())["tgt"]["frames"]
-    with _bar(console) as tell:
+    with screen.bar(console) as tell:
         index = source.index(split or engine.needs(r)["unlabelled"] or "train", r, _cache(cache)[0], tell)
-        found = engine.write_pseudo_labels(out, model, index, r, f"{path.name}, iteration {meta['iteration']}", dev, tell)
+        found = protocol.write_pseudo_labels(out, model, index, r, f"{path.name}, iteration {meta['iteration']}", dev, tell)
     if overlay is not None:
         _overlays(overlay, model, index, r, dev, console)
-    table = Table(
-        title=f"{out}: {found['frames']} frames of {index.identity['domain']} {index.identity['split'] or 'chosen frames'}, "
-        f"by {r.method}, {found['checkpoint']}",
-        title_justify="left",
+    title = (
+        f"{out}: {found['frames']} frames of {index.identity['domain']} {index.identity['split'] or 'chosen frames'}, "
+        f"by {r.method}, {found['checkpoint']}"
     )
-    for column in ("class", "2D threshold", "2D kept", "of", "3D threshold", "3D kept", "of"):
-        table.add_column(column, justify="left" if column == "class" else "right")
-    for c, name in enumerate(found["class_names"]):
-        table.add_row(
-            name,
-            *(
-                x
-                for m in ("2d", "3d")
-                for x in (f"{found[f'thresholds_{m}'][c]:.3f}", f"{found[f'kept_{m}'][c]:,}", f"{found[f'predicted_{m}'][c]:,}")
-            ),
-        )
-    console.print(table)
+    screen.results().print(screen.pseudo_table(found, title))
 
 
 @app.command()
@@ -678,15 +446,47 @@ def convert(
     out: Annotated[Path, typer.Option(help="File to write, .safetensors.")],
 ) -> None:
     """Turn released FtD++ checkpoints into one that ftd eval and ftd pseudo read."""
-    from ftdpp import losses
-    from ftdpp import train as engine
+    from ftdpp import checkpoint as files
+    from ftdpp import losses, screen
 
     r = losses.recipe(scenario)
-    engine.convert_checkpoints({"2d": net_2d, "3d": net_3d, "fusion": fusion}, r, out)
-    _console().print(f"wrote {out}; evaluate it with: ftd eval {out} --domain {scenario.split('-')[1]} --data ROOT")
+    files.convert_checkpoints({"2d": net_2d, "3d": net_3d, "fusion": fusion}, r, out)
+    screen.messages().print(f"wrote {out}; evaluate it with: ftd eval {out} --domain {scenario.split('-')[1]} --data ROOT")
 
 
 # ---- compare ----------------------------------------------------------------------------------------------------------
+
+
+class Job(NamedTuple):
+    """One run of a comparison."""
+
+    name: str
+    seed: int
+    out: Path
+    pseudo: Path | None  # labels that the first stage writes for the second
+    recipe: Recipe
+
+
+def _jobs(scenario: str, methods: str, seeds: str, preset: str, overrides: list[str], out: Path) -> list[Job]:
+    from ftdpp import losses
+
+    try:
+        numbers = [int(s) for s in seeds.split(",")]
+    except ValueError:
+        raise losses.RecipeError(f"--seeds {seeds}: expected numbers, as in 0,1,2") from None
+    jobs = []
+    for seed in numbers:
+        for method in methods.split(","):
+            plain, _, stage = method.partition("+")
+            if stage not in ("", "pl"):
+                raise losses.RecipeError(f"--methods {method}: expected NAME or NAME+pl")
+            first = losses.recipe(scenario, plain, preset, False, overrides)
+            jobs.append(Job(plain, seed, out / f"{scenario}-{plain}-seed{seed}", None, first))
+            if stage:
+                second = losses.recipe(scenario, plain, preset, True, overrides)
+                folder = out / f"{scenario}-{method}-seed{seed}"
+                jobs.append(Job(method, seed, folder, folder.with_suffix(".pseudo.safetensors"), second))
+    return list(dict.fromkeys(jobs))
 
 
 @app.command()
@@ -705,104 +505,66 @@ def compare(
     cache: Cache = None,
 ) -> None:
     """Train several methods with several seeds, select on val, and compare them on test in one table (also OUT/compare.json)."""
-    from ftdpp import losses
+    from ftdpp import checkpoint as files
+    from ftdpp import evaluate as protocol
+    from ftdpp import screen
     from ftdpp import train as engine
 
-    console = _console()
+    console = screen.messages()
     dev, _ = _device(device)
     preset, _ = _preset(preset, dev)
     folder, _ = _cache(cache)
+    jobs = _jobs(f"{src}-{tgt}", methods, seeds, preset, set_ or [], out)
     source, target = _sources(src, tgt, (data, data), data_version, (None, None), folder, console)
-    jobs: list[tuple[str, int, Path, Path | None, Recipe]] = []
-    for seed in [int(s) for s in seeds.split(",")]:
-        for method in methods.split(","):
-            plain, _, stage = method.partition("+")
-            if stage not in ("", "pl"):
-                raise losses.RecipeError(f"--methods {method}: expected NAME or NAME+pl")
-            for second in [False, True] if stage else [False]:
-                name = plain + ("+pl" if second else "")
-                labels = out / f"{src}-{tgt}-{plain}-seed{seed}.pseudo.safetensors" if second else None
-                job = (
-                    name,
-                    seed,
-                    out / f"{src}-{tgt}-{name}-seed{seed}",
-                    labels,
-                    losses.recipe(f"{src}-{tgt}", plain, preset, second, set_ or []),
-                )
-                if job not in jobs:
-                    jobs.append(job)
+    val = engine.Source(tgt, target.root, target.version)
 
-    def make(job: tuple[str, int, Path, Path | None, Recipe]) -> Run:
-        _, seed, path, labels, r = job
-        run, _ = _make_run(
-            r,
-            seed,
-            path,
-            source,
-            target,
-            engine.Source(tgt, target.root, target.version),
-            labels,
-            dev,
-            None,
-            folder,
-            None,
-            console,
-        )
+    def open_run(job: Job, pseudo: Path | None) -> Run:
+        with screen.bar(console) as tell:
+            run, _ = engine.assemble(job.recipe, job.seed, job.out, source, target, val, folder, pseudo, dev, progress=tell)
         if run.last_path.exists():
             run.resume()
         return run
 
-    # What is left to do is known before the first step, so one ETA covers all runs.
-    sizes = []
+    def labels_of(job: Job) -> Path | None:
+        """The pseudo-labels of a second stage, written by its first stage's last checkpoint when they are not there yet."""
+        if job.pseudo is not None and not job.pseudo.exists():
+            first = next(j for j in jobs if j.seed == job.seed and f"{j.name}+pl" == job.name)
+            model, r, meta = files.load_student(first.out / "last.safetensors", dev)
+            index = target.index(engine.needs(r)["unlabelled"], r, folder)
+            protocol.write_pseudo_labels(job.pseudo, model, index, r, f"last.safetensors, iteration {meta['iteration']}", dev)
+        return job.pseudo
+
+    # What is left to do is known before the first step, so that one ETA covers all runs.
+    work = 0.0
     for job in jobs:
-        first = make((*job[:3], None, job[4]) if job[3] is not None and not job[3].exists() else job)
-        sizes.append(_units(first))
-        frames = len(first.labelled[0]), len(first.val) if first.val is not None else 0
-    console.print(f"{len(jobs)} runs of the {preset} preset, {frames[0]} labelled and {frames[1]} validation frames, on {dev}")
-    drawing = _Drawing(console, sum(sizes))
+        ready = job.pseudo is None or job.pseudo.exists()
+        work += engine.work_left(open_run(job, job.pseudo if ready else None))
+    console.print(f"{len(jobs)} runs, {preset} preset, on {dev}")
+    display = screen.Display(console, work)
     rows: list[dict[str, Any]] = []
-    with drawing.progress:
+    with display.progress:
         for job in jobs:
-            name, seed, path, labels, r = job
-            if labels is not None and not labels.exists():
-                stage1 = path.with_name(path.name.replace("+pl", ""))
-                model, r1, meta = engine.load_student(stage1 / "last.safetensors", dev)
-                index = target.index("train", r1, folder)
-                engine.write_pseudo_labels(labels, model, index, r1, f"last.safetensors, iteration {meta['iteration']}", dev)
-            run = make(job)
-            if run.iteration < r.steps:
+            run, _ = engine.assemble(job.recipe, job.seed, job.out, source, target, val, folder, labels_of(job), dev)
+            if run.last_path.exists():
+                run.resume()
+            if run.iteration < run.recipe.steps:
                 _write_run_file(run, source, target, sys.argv[1:])
-                _fit(run, f"{name} seed {seed}", drawing)
-            model, r, meta = engine.load_student(run.best_path, dev)
-            score = engine.evaluate(
-                model, target.index("test", r, folder), r, f"best.safetensors, iteration {meta['iteration']}", dev
+                screen.drive(run, f"{job.name} seed {job.seed}", display)
+            model, r, meta = files.load_student(run.best_path, dev)
+            name = f"best.safetensors, iteration {meta['iteration']}"
+            rows.append(
+                {
+                    "method": job.name,
+                    "seed": job.seed,
+                    **protocol.evaluate(model, target.index("test", r, folder), r, name, dev).as_dict(),
+                }
             )
-            rows.append({"method": name, **score.as_dict(), "seed": seed})
     (out / "compare.json").write_text(json.dumps(rows, indent=1))
-    _compare_table(
-        rows,
-        f"{src} -> {tgt}, {preset} preset: mIoU in percent on the {target.domain} test split ({rows[0]['frames']} frames), "
-        f"checkpoint chosen on val, seeds {seeds}",
+    title = (
+        f"{src} -> {tgt}, {preset} preset: mIoU in percent on the {tgt} test split ({rows[0]['frames']} frames), "
+        f"checkpoint chosen on val, seeds {seeds}"
     )
-
-
-def _compare_table(rows: list[dict[str, Any]], title: str) -> None:
-    import statistics
-
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    table.add_column("method")
-    for head in ("2d", "3d", "2d+3d"):
-        table.add_column(head.upper(), justify="right")
-    for method in dict.fromkeys(row["method"] for row in rows):
-        cells = []
-        for head in ("2d", "3d", "2d+3d"):
-            values = [100 * row["miou"][head] for row in rows if row["method"] == method]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}")
-        table.add_row(method, *cells)
-    _output().print(table)
+    screen.results().print(screen.compare_table(rows, title))
 
 
 # ---- recipes, data ----------------------------------------------------------------------------------------------------
@@ -817,9 +579,7 @@ def recipes(
     """Show every scenario and method, with the numbers in which they differ."""
     import dataclasses
 
-    from rich.table import Table
-
-    from ftdpp import losses
+    from ftdpp import losses, screen
 
     made: dict[str, dict[str, Any]] = {}
     for scenario in losses.SCENARIOS:
@@ -831,33 +591,16 @@ def recipes(
         print(json.dumps(made))
         return
     shown = (
-        "lr_2d",
-        "lr",
-        "ce_3d",
-        "mimic_src",
-        "mimic_tgt",
-        "distill_single",
-        "distill_fused",
-        "teacher_image",
-        "student_mix",
-        "pseudo_debias",
-        "steps",
-        "milestones",
-        "gamma",
-        "batch",
-    )
-    table = Table(
-        title=f"{preset} preset; every number: ftd recipes --json; override one: ftd train ... --set NAME=VALUE",
-        title_justify="left",
-    )
-    for column in ("scenario", "method", *shown):
-        table.add_column(column, overflow="fold")
+        "lr_2d", "lr", "ce_3d", "mimic_src", "mimic_tgt", "distill_single", "distill_fused", "teacher_image", "student_mix",
+        "pseudo_debias", "steps", "milestones", "gamma", "batch",
+    )  # fmt: skip
+    rows = []
     for scenario, methods in made.items():
-        for i, (method, r) in enumerate(methods.items()):
-            cells = [",".join(map(str, r[k])) if isinstance(r[k], tuple) else str(r[k]) for k in shown]
-            table.add_row("" if i else scenario, method, *cells)
-        table.add_section()
-    _output().print(table)
+        for method, r in methods.items():
+            cells = {k: ",".join(map(str, r[k])) if isinstance(r[k], tuple) else str(r[k]) for k in shown}
+            rows.append({"scenario": scenario, "method": method, **cells})
+    hint = f"{preset} preset; every number: ftd recipes --json; override one: ftd train ... --set NAME=VALUE"
+    screen.results().print(screen.plain_table(rows, hint))
 
 
 Domain = Annotated[str, typer.Option(help="usa, singapore, day, night or skitti.")]
@@ -878,17 +621,10 @@ def data_check(
     root: Annotated[Path, typer.Argument(help="Root of the data set.")], domain: Domain, data_version: Version = None
 ) -> None:
     """Count what is there and what is missing, split by split, without opening a frame."""
-    from rich.table import Table
+    from ftdpp import data, screen
 
-    from ftdpp import data
-
-    table = Table(title=f"{root} as {domain}", title_justify="left")
     rows = data.check(root, _domain(domain), data_version)
-    for key in rows[0]:
-        table.add_column(key)
-    for row in rows:
-        table.add_row(*("" if v is None else str(v) for v in row.values()))
-    _output().print(table)
+    screen.results().print(screen.plain_table(rows, f"{root} as {domain}"))
     if not any(row["frames"] for row in rows):
         raise _fail(f"{root}: no frame of any split of {domain}", DATA)
 
@@ -908,9 +644,9 @@ def data_prepare(
     cache: Cache = None,
 ) -> None:
     """Project, map labels, resize, and write the memory-mapped index. Training does this by itself when it is missing."""
-    from ftdpp import data
+    from ftdpp import data, screen
 
-    row, folder, console = _domain(domain), _cache(cache)[0], _console()
+    row, folder, console = _domain(domain), _cache(cache)[0], screen.messages()
     shape: tuple[int, int] | None = (225, 400) if row.dataset == "nuscenes" else None
     if size:
         try:
@@ -926,7 +662,7 @@ def data_prepare(
         names = [r["split"] for r in rows if r["frames"] and not r["split"].startswith("train_")]
         console.print(f"splits with frames here: {', '.join(map(str, names)) or 'none'}; the others: ftd data check")
     for name in names:
-        with _bar(console) as tell:
+        with screen.bar(console) as tell:
             index = data.prepare(
                 root, row, name, classes, shape, folder, data_version, frames.split(",") if frames else None, tell
             )
@@ -951,7 +687,7 @@ def data_synth(
     workers: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
     """Write the built-in street world to a folder of your own."""
-    from ftdpp import synth
+    from ftdpp import screen, synth
 
     counts = None
     if frames:
@@ -959,11 +695,11 @@ def data_synth(
             counts = dict(zip(synth.DEFAULT_FRAMES, (int(x) for x in frames.split(",")), strict=True))
         except ValueError:
             raise _fail(f"--frames {frames}: expected four numbers, {','.join(synth.DEFAULT_FRAMES)}", USAGE) from None
-    console = _console()
+    console = screen.messages()
     if out.exists():
         raise _fail(f"{out} exists; choose a new folder", USAGE)
     try:
-        with _bar(console) as tell:
+        with screen.bar(console) as tell:
             synth.write_world(out, src, tgt, counts, seed, workers, lambda done, total: tell(done, total, "ray casting"))
     except ValueError as error:
         raise _fail(error, USAGE) from None
@@ -978,19 +714,13 @@ def bench(
     cache: Cache = None,
 ) -> None:
     """Time maps, sparse U-Net, data loading and the training step on this machine, beside what it can do at best."""
-    from rich.table import Table
-
     from ftdpp import bench as benchmark
+    from ftdpp import screen
 
-    console = _console()
-    root = _world("usa", "singapore", _cache(cache)[0], console)
-    rows = benchmark.run(root, _cache(cache)[0], rounds)
-    table = Table(title=benchmark.machine(), title_justify="left")
-    for key in rows[0]:
-        table.add_column(key, justify="left" if key == "what" else "right")
-    for row in rows:
-        table.add_row(*("" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
-    _output().print(table)
+    folder = _cache(cache)[0]
+    root = _world("usa", "singapore", folder, screen.messages())
+    rows = benchmark.run(root, folder, rounds)
+    screen.results().print(screen.plain_table(rows, benchmark.machine()))
     if out is not None:
         benchmark.append(out, rows)
 

@@ -1,4 +1,4 @@
-"""Training, evaluation, pseudo-labels, checkpoints.
+"""Training: where the frames come from, what is drawn at each iteration, the loop, resume.
 
 A run is a pure function of its recipe, its data and its seed. All chance of iteration i (which frames, how they are augmented,
 the coin, dropout) is drawn from generators seeded with (seed, i), so there is no generator state to save: the iteration number
@@ -22,22 +22,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ftdpp import data
-from ftdpp.data import CLASS_SETS, DOMAINS, IGNORE, Augment, Batch, Index, collate, sample
+from ftdpp.checkpoint import FORMAT, RunError, build, read_metadata, read_tensors, save
+from ftdpp.data import CLASS_SETS, DOMAINS, Augment, Batch, Index, collate, sample
+from ftdpp.evaluate import PseudoLabels, Score, evaluate
 from ftdpp.losses import Recipe, log_smoothed_weights, step, uses_target, uses_teacher
-from ftdpp.models import CrossModal, Logits, convert_released, load_imagenet, update_teacher
-
-FORMAT = 1  # of checkpoints and pseudo-label files
-HEADS = ("2d", "3d", "2d+3d")
-
-
-class RunError(Exception):
-    """The run cannot go on as asked: the message says what was found, what was expected and what to type."""
+from ftdpp.models import CrossModal, load_imagenet, update_teacher
 
 
 class NonFiniteLoss(Exception):
@@ -46,51 +38,6 @@ class NonFiniteLoss(Exception):
 
 class Interrupted(Exception):
     """Training was asked to stop and has saved."""
-
-
-# ---- protocol: confusion, IoU, pseudo-label refinement ---------------------------------------------------------------
-
-
-def confusion(pred: Tensor, label: Tensor, classes: int) -> Tensor:
-    """(K, K) int64 counts, row = label, column = prediction; points labelled -100 are dropped."""
-    kept = label != IGNORE
-    return torch.bincount(label[kept] * classes + pred[kept], minlength=classes**2).view(classes, classes)
-
-
-def iou(matrix: Tensor) -> tuple[list[float], float]:
-    """IoU per class and their mean over all K classes.
-
-    A class that neither the labels nor the predictions contain has no IoU: it is nan in the list and, as in the released
-    evaluation, counts as 0 in the mean.
-    """
-    m = matrix.double()
-    per_class = m.diag() / (m.sum(0) + m.sum(1) - m.diag())
-    return per_class.tolist(), per_class.nan_to_num(0.0).mean().item()
-
-
-def ensemble(logits: Logits) -> Tensor:
-    """softmax(p2 + p3): what the column 2D+3D takes the arg-max of."""
-    return F.softmax(F.softmax(logits.main_2d, 1) + F.softmax(logits.main_3d, 1), 1)
-
-
-def refine(label: Tensor, prob: Tensor, classes: int) -> tuple[Tensor, list[float]]:
-    """Keep the confident pseudo-labels of each class, -100 for the rest.
-
-    The threshold of a class is the smaller of 0.9 and the (lower) median confidence of the points predicted as that class,
-    over the whole split.
-
-    Args:
-        label: (N,) predicted classes. prob: (N,) their probabilities.
-    Returns:
-        refined labels (N,), threshold per class (0 where nothing was predicted).
-    """
-    refined, thresholds = label.clone(), []
-    for c in range(classes):
-        mine = label == c
-        threshold = min(prob[mine].median().item(), 0.9) if mine.any() else 0.0
-        refined[mine & (prob < threshold)] = IGNORE
-        thresholds.append(threshold)
-    return refined, thresholds
 
 
 # ---- chance --------------------------------------------------------------------------------------------------------
@@ -198,289 +145,6 @@ class Batches(torch.utils.data.Dataset):
             if self.pseudo is not None:
                 self.pseudo.attach(unlabelled)
         return labelled, unlabelled
-
-
-# ---- evaluation ----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Score:
-    """mIoU and class IoU of a checkpoint on a split, in percent-free fractions."""
-
-    domain: str
-    split: str
-    checkpoint: str
-    frames: int
-    points: int
-    miou: dict[str, float]
-    iou: dict[str, dict[str, float | None]]
-    absent: list[str]  # classes without a labelled point: they pull the mean down, as in the released evaluation
-
-    def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-
-def batches_of(index: Index, r: Recipe, size: int, frames: range | None = None) -> Iterator[tuple[int, Batch]]:
-    """The frames of an index in order, without augmentation, `size` at a time, each with the number of frames done."""
-    frames = frames or range(len(index))
-    for start in range(0, len(frames), size):
-        chosen = frames[start : start + size]
-        yield chosen[-1] + 1, collate([sample(index.frame(i), None, 0, _rng(0), r.voxels_per_metre) for i in chosen])
-
-
-@torch.no_grad()
-def evaluate(
-    model: CrossModal,
-    index: Index,
-    r: Recipe,
-    checkpoint: str,
-    device: torch.device | str = "cpu",
-    progress: data.Progress | None = None,
-) -> Score:
-    """Point-level evaluation of the student in eval mode, on the points that fall into the image, without augmentation.
-
-    2D is the main (fused) 2D head, 3D the main 3D head, 2D+3D the arg-max of the sum of their probabilities. The fused 2D
-    result depends a little on the batch (attention over its points): frames go in the index's order, `eval_batch` at a time.
-
-    Raises:
-        DataError: when no frame has labels.
-    """
-    data.require_labels(index)
-    names = CLASS_SETS[r.classes].names
-    matrices = {head: torch.zeros(len(names), len(names), dtype=torch.int64) for head in HEADS}
-    was_training = model.training
-    model.eval()
-    for done, batch in batches_of(index, r, r.eval_batch):
-        batch = batch.to(device)
-        logits = model(batch.image, batch.pixel, batch.coords)
-        for head, scores in zip(HEADS, (logits.main_2d, logits.main_3d, ensemble(logits)), strict=True):
-            matrices[head] += confusion(scores.argmax(1), batch.label, len(names)).cpu()
-        if progress:
-            progress(done, len(index), "evaluating")
-    model.train(was_training)
-    per_class = {head: iou(m) for head, m in matrices.items()}
-    present = matrices["3d"].sum(1) > 0
-    return Score(
-        domain=index.identity["domain"],
-        split=index.identity["split"] or "chosen frames",
-        checkpoint=checkpoint,
-        frames=len(index),
-        points=int(matrices["3d"].sum()),
-        miou={h: v[1] for h, v in per_class.items()},
-        iou={h: {n: (None if np.isnan(x) else x) for n, x in zip(names, v[0], strict=True)} for h, v in per_class.items()},
-        absent=[n for n, p in zip(names, present.tolist(), strict=True) if not p],
-    )
-
-
-# ---- pseudo-labels -------------------------------------------------------------------------------------------------
-
-
-def family(r: Recipe) -> dict[str, str]:
-    """What a pseudo-label file and a second stage must share."""
-    return {"scenario": r.scenario, "method": r.method, "classes": r.classes}
-
-
-@torch.no_grad()
-def write_pseudo_labels(
-    path: Path,
-    model: CrossModal,
-    index: Index,
-    r: Recipe,
-    checkpoint: str,
-    device: torch.device | str = "cpu",
-    progress: data.Progress | None = None,
-) -> dict[str, Any]:
-    """Predict the target training split and keep the confident half: one safetensors file keyed by frame token.
-
-    For every frame `<token>/label_2d`, `<token>/label_3d` (u8, 255 = not kept) and `<token>/prob_2d`, `<token>/prob_3d` (f32), in
-    the order of the index's points. The metadata holds thresholds and counts per class.
-
-    Raises:
-        RunError: when no label survives.
-    """
-    names = CLASS_SETS[r.classes].names
-    found: dict[str, list[Tensor]] = {"label_2d": [], "label_3d": [], "prob_2d": [], "prob_3d": []}
-    kept_rows: list[Tensor] = []
-    model.eval()
-    for done, batch in batches_of(index, r, r.eval_batch):
-        logits = model(batch.image.to(device), batch.pixel.to(device), batch.coords.to(device))
-        for m, scores in (("2d", logits.main_2d), ("3d", logits.main_3d)):
-            prob, label = F.softmax(scores.float(), 1).cpu().max(1)
-            found[f"prob_{m}"] += prob.split(batch.counts)
-            found[f"label_{m}"] += label.split(batch.counts)
-        kept_rows += batch.keep
-        if progress:
-            progress(done, len(index), "predicting")
-
-    tensors: dict[str, Tensor] = {}
-    meta: dict[str, Any] = {
-        "format": FORMAT,
-        **family(r),
-        "class_names": names,
-        "checkpoint": checkpoint,
-        "content": index.fingerprint["content"],
-        "frames": len(index),
-    }
-    for m in ("2d", "3d"):
-        label, thresholds = refine(torch.cat(found[f"label_{m}"]), torch.cat(found[f"prob_{m}"]), len(names))
-        kept = torch.bincount(label[label != IGNORE], minlength=len(names)).tolist()
-        predicted = torch.bincount(torch.cat(found[f"label_{m}"]), minlength=len(names)).tolist()
-        meta[f"thresholds_{m}"], meta[f"kept_{m}"], meta[f"predicted_{m}"] = thresholds, kept, predicted
-        parts = label.split([len(k) for k in kept_rows])
-        for i, token in enumerate(index.tokens):
-            total = len(index.frame(i).xyz)  # points outside the voxel grid were not predicted
-            whole = torch.full((total,), 255, dtype=torch.uint8)
-            whole[kept_rows[i]] = torch.where(parts[i] == IGNORE, 255, parts[i]).to(torch.uint8)
-            prob = torch.zeros(total)
-            prob[kept_rows[i]] = found[f"prob_{m}"][i]
-            tensors[f"{token}/label_{m}"], tensors[f"{token}/prob_{m}"] = whole, prob
-    if not sum(meta["kept_2d"]) or not sum(meta["kept_3d"]):
-        raise RunError(f"no pseudo-label was kept (2D {sum(meta['kept_2d'])}, 3D {sum(meta['kept_3d'])} points): nothing written")
-    _save(path, tensors, meta)
-    return meta
-
-
-class PseudoLabels:
-    """A file that `write_pseudo_labels` wrote, checked against the run that wants to train on it.
-
-    Raises:
-        RunError: unreadable, of another scenario, method or class set, made from other frames, or keeping nothing.
-    """
-
-    def __init__(self, path: Path, r: Recipe, index: Index) -> None:
-        self.path, self.meta = path, read_metadata(path)
-        if "thresholds_2d" not in self.meta:
-            raise RunError(f"{path}: not a pseudo-label file; make one with: ftd pseudo RUN --out FILE")
-        for key, wanted in family(r).items():
-            if self.meta.get(key) != wanted:
-                raise RunError(
-                    f"{path}: made for {key} {self.meta.get(key)!r}, this run has {wanted!r}; make one from a run of "
-                    f"this {key} with: ftd pseudo RUN --out FILE"
-                )
-        if self.meta["content"] != index.fingerprint["content"]:
-            raise RunError(
-                f"{path}: made from other frames ({self.meta['frames']}) than this run's unlabelled target "
-                f"({len(index)}); run ftd pseudo on a run with the same --data, image size and frames"
-            )
-        if not sum(self.meta["kept_2d"]) or not sum(self.meta["kept_3d"]):
-            raise RunError(f"{path}: keeps no label; train the first stage longer")
-
-    def attach(self, batch: Batch) -> None:
-        """Set batch.label_2d and label_3d, (N,) int64 with -100 where no label was kept."""
-        with safe_open(self.path, "pt") as file:
-            for m in ("2d", "3d"):
-                rows = [file.get_tensor(f"{t}/label_{m}")[k] for t, k in zip(batch.tokens, batch.keep, strict=True)]
-                label = torch.cat(rows).long()
-                setattr(batch, f"label_{m}", label.masked_fill(label == 255, IGNORE))
-
-
-# ---- files ---------------------------------------------------------------------------------------------------------
-
-
-def _save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Write a safetensors file under a temporary name and rename it: a reader sees the old file or the new one.
-
-    All metadata is one JSON string, because several keys would be stored in random order.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(
-            {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, {"ftd": json.dumps(meta, sort_keys=True)}
-        )
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata of a checkpoint or pseudo-label file.
-
-    Raises:
-        RunError: missing, damaged, not ours, or of another format.
-    """
-    if not path.is_file():
-        raise RunError(f"{path}: no such file")
-    try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get("ftd")
-    except (SafetensorError, OSError) as error:
-        raise RunError(f"{path}: not a readable safetensors file ({error})") from None
-    if text is None:
-        raise RunError(f"{path}: a safetensors file, but not written by ftd; convert a released checkpoint with: ftd convert")
-    meta = json.loads(text)
-    if meta.get("format") != FORMAT:
-        raise RunError(f"{path}: format {meta.get('format')}, this version reads {FORMAT}")
-    return meta
-
-
-def read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`, without it."""
-    with safe_open(path, "pt") as file:
-        return {k.removeprefix(prefix): file.get_tensor(k) for k in file.keys() if k.startswith(prefix)}  # noqa: SIM118
-
-
-def stored_recipe(meta: dict[str, Any]) -> Recipe:
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["recipe"].items()}
-    return Recipe(**values)
-
-
-def build(r: Recipe) -> CrossModal:
-    return CrossModal(len(CLASS_SETS[r.classes].names), r.width, r.m, r.fusion, r.dropout)
-
-
-def load_student(path: Path, device: torch.device | str = "cpu") -> tuple[CrossModal, Recipe, dict[str, Any]]:
-    """The student of a checkpoint, in eval mode, with its recipe and metadata."""
-    meta = read_metadata(path)
-    if "recipe" not in meta:
-        raise RunError(f"{path}: not a checkpoint")
-    r = stored_recipe(meta)
-    model = build(r)
-    model.load_state_dict(read_tensors(path, "student/"))
-    return model.to(device).eval(), r, meta
-
-
-def convert_checkpoints(files: dict[str, Path], r: Recipe, out: Path) -> None:
-    """Write released checkpoints (.pth of the parts "2d", "3d", "fusion") as one of ours, readable by `load_student`.
-
-    Raises:
-        RunError: a file is unreadable, needs unpickling of arbitrary objects, or does not fit the network.
-    """
-    state: dict[str, Tensor] = {}
-    iteration = 0
-    for part, file in files.items():
-        try:
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise RunError(f"{file}: no such file") from None
-        except Exception as error:  # torch raises several kinds for a file that is not a plain checkpoint
-            raise RunError(f"{file}: not a checkpoint that can be read without running its code ({error})") from None
-        weights = loaded.get("model", loaded) if isinstance(loaded, dict) else {}
-        iteration = int(loaded.get("iteration", 0)) if isinstance(loaded, dict) and "model" in loaded else iteration
-        tensors = {k.removeprefix("module."): v for k, v in weights.items() if isinstance(v, Tensor)}
-        state |= convert_released(part, tensors.items())
-    model = build(r)
-    mine = model.state_dict()
-    wrong = [
-        k
-        for k in {**mine, **state}
-        if "num_batches_tracked" not in k and (k not in mine or k not in state or mine[k].shape != state[k].shape)
-    ]
-    if wrong:
-        raise RunError(
-            f"{', '.join(str(f) for f in files.values())}: {len(wrong)} tensors do not fit {r.scenario} "
-            f"({len(CLASS_SETS[r.classes].names)} classes), first {wrong[0]}; check --scenario and the order of the files"
-        )
-    meta = {
-        "format": FORMAT,
-        "recipe": dataclasses.asdict(r),
-        "iteration": iteration,
-        "class_names": CLASS_SETS[r.classes].names,
-        "converted_from": {k: Path(v).name for k, v in files.items()},
-    }
-    _save(out, {f"student/{k}": state.get(k, v) for k, v in mine.items()}, meta)
 
 
 # ---- training ------------------------------------------------------------------------------------------------------
@@ -594,7 +258,7 @@ class Run:
         names: dict[Tensor, str] = {p: k for k, p in self.student.named_parameters()}
         for p, state in self.optimizer.state.items():
             tensors |= {f"optimizer/{names[p]}/{k}": v for k, v in state.items()}
-        _save(path, tensors, self.metadata())
+        save(path, tensors, self.metadata())
 
     def resume(self) -> None:
         """Continue from `last.safetensors`.
@@ -757,3 +421,73 @@ def needs(r: Recipe) -> dict[str, Any]:
     }[r.supervised]
     unlabelled = ("train_unlabelled" if r.supervised == "both" else "train") if uses_target(r) else None
     return {"labelled": labelled, "unlabelled": unlabelled}
+
+
+def assemble(
+    r: Recipe,
+    seed: int,
+    out: Path,
+    src: Source,
+    tgt: Source,
+    val: Source,
+    cache: Path,
+    pseudo: Path | None = None,
+    device: torch.device | None = None,
+    workers: int | None = None,
+    pretrained: str | None = None,
+    progress: data.Progress | None = None,
+) -> tuple[Run, list[tuple[str, str, str]]]:
+    """Prepare the splits that a recipe needs and build its run.
+
+    Returns:
+        the run, and each decision made on the way as (what, value, reason).
+    """
+    wanted, sides = needs(r), {"src": src, "tgt": tgt}
+    labelled = [sides[side].index(split, r, cache, progress) for side, split in wanted["labelled"]]
+    unlabelled = tgt.index(wanted["unlabelled"], r, cache, progress) if wanted["unlabelled"] else None
+    validation, reason = None, "periodic validation and the choice of the best checkpoint"
+    if tgt.frames and not val.frames:
+        reason = "none: the target frames were named one by one; name others with --val-frames"
+    elif not val.frames and "val" not in data.splits(DOMAINS[tgt.domain]):
+        reason = f"none: {tgt.domain} has no validation split"
+    elif not data.list_frames(val.root, DOMAINS[val.domain], None if val.frames else "val", val.version, val.frames):
+        reason = f"none: no frame of the val split of {val.domain} is at {val.root}"
+    else:
+        validation = val.index("val", r, cache, progress)
+        if validation.fingerprint["unlabelled_frames"]:
+            validation, reason = None, "none: the val split here has frames without labels"
+    labels = PseudoLabels(pseudo, r, unlabelled) if pseudo and unlabelled is not None else None
+    cores = os.cpu_count() or 1
+    count = (0 if cores <= 4 else min(8, cores // 2)) if workers is None else workers
+    run = Run(out, r, seed, labelled, unlabelled, validation, labels, device or torch.device("cpu"), count, pretrained)
+
+    def row(side: str, index: Index, why: str) -> tuple[str, str, str]:
+        split = index.identity["split"] or "chosen frames"
+        return side, f"{len(index)} frames, {index.fingerprint['points']:,} points", f"{index.identity['domain']} {split}: {why}"
+
+    facts = [row("labelled", index, "supervised loss") for index in labelled]
+    if unlabelled is not None:
+        facts.append(row("unlabelled", unlabelled, "adaptation; labels are never read"))
+    facts.append(("validation", f"{len(validation)} frames" if validation is not None else "off", reason))
+    facts.append(("workers", str(count), f"{cores} cores" if workers is None else "--workers"))
+    weights = " ".join(f"{w:.2f}" for w in run.recipe.class_weights)
+    facts.append(("class weights", weights, "of the paper" if r.class_weights else "log-smoothed counts of the labelled points"))
+    return run, facts
+
+
+def cost(r: Recipe) -> float:
+    """Work of one iteration, in forward passes of a frame, for estimates of time.
+
+    3 for a forward and backward on each domain, 1 for the teacher's forward; the fusion module takes as long as four fifths
+    of the rest.
+    """
+    passes = 3.0 + (3.0 if r.mimic_tgt or r.pseudo else 0.0) + (1.0 if uses_teacher(r) else 0.0)
+    return r.batch * passes * (1.8 if r.fusion else 1.0)
+
+
+def work_left(run: Run) -> float:
+    """Cost of the iterations and validations that a run still has before it."""
+    r = run.recipe
+    left = set(range(run.iteration + 1, r.steps + 1))
+    validations = {i for i in left if i % r.val_every == 0 or i == r.steps} if run.val is not None else set()
+    return len(left) * cost(r) + len(validations) * (len(run.val) if run.val is not None else 0)

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ftdpp import data, losses, train
+from ftdpp import data, evaluate, losses, train
 from ftdpp.kernels import Pyramid, sparse_conv, voxel_mean
 from ftdpp.models import CrossModal, SparseBatchNorm, UNet3D, convert_released, released_name
 
@@ -292,7 +292,7 @@ def test_evaluation() -> None:
         for head, ours in out._asdict().items():
             close(ours, golden[f"{name}.{head}"], 1e-4, f"{name}.{head}")
         close(fused[-1], golden[f"{name}.fused"], 1e-4, f"{name}.fused")
-        ensemble = train.ensemble(out)
+        ensemble = evaluate.ensemble(out)
         # The released ensemble is a softmax over the sum of probabilities; the argmax is what is used.
         close(ensemble, golden[f"{name}.ensemble"], 1e-4, f"{name}.ensemble")
 
@@ -416,7 +416,7 @@ def test_pseudo_label_refinement() -> None:
     golden = load_file(GOLDEN / "protocol.safetensors")
     for i in sorted({k.split(".")[1] for k in golden if k.startswith("refine.")}):
         probs, label = golden[f"refine.{i}.probs"], golden[f"refine.{i}.label"].long()
-        refined, _ = train.refine(label, probs, int(label.max()) + 1)
+        refined, _ = evaluate.refine(label, probs, int(label.max()) + 1)
         assert torch.equal(refined, golden[f"refine.{i}.refined"].long())
 
 
@@ -426,9 +426,9 @@ def test_confusion_and_iou() -> None:
         reference = golden[f"eval.{i}.confusion"]
         total = torch.zeros_like(reference)
         for j in sorted({k.split(".")[2] for k in golden if k.startswith(f"eval.{i}.") and k.endswith(".pred")}):
-            total += train.confusion(golden[f"eval.{i}.{j}.pred"].long(), golden[f"eval.{i}.{j}.label"].long(), len(reference))
+            total += evaluate.confusion(golden[f"eval.{i}.{j}.pred"].long(), golden[f"eval.{i}.{j}.label"].long(), len(reference))
         assert torch.equal(total, reference)
-        iou, miou = train.iou(total)
+        iou, miou = evaluate.iou(total)
         assert torch.allclose(
             torch.tensor(iou, dtype=torch.float64).nan_to_num(0), golden[f"eval.{i}.class_iou"].nan_to_num(0), rtol=0, atol=1e-12
         )

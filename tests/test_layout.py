@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ORDER = ["synth", "data", "kernels", "models", "losses", "train", "report", "bench", "ftd"]
+ORDER = ["synth", "data", "kernels", "models", "losses", "checkpoint", "evaluate", "train", "report", "bench", "screen", "ftd"]
 
 
 def test_imports_go_left() -> None:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
-from ftdpp import data, losses, train
+from ftdpp import checkpoint, data, evaluate, losses, train
 from ftdpp.data import IGNORE
 from ftdpp.ftd import app
 
@@ -53,7 +53,7 @@ def test_run_leaves_everything(finished: Path) -> None:
     for wanted in ("student/net_2d.trunk.conv1.weight", "student/net_3d.trunk.stem.weight", "student/fusion.mix.weight",
                    "teacher/net_2d.main.weight", "optimizer/net_3d.main.weight/exp_avg_sq"):  # fmt: skip
         assert wanted in keys
-    meta = train.read_metadata(finished / "last.safetensors")
+    meta = checkpoint.read_metadata(finished / "last.safetensors")
     assert meta["iteration"] == 6
     assert meta["rng"] == {"seed": 0, "iteration": 6}
     assert meta["best"]["split"] == "val"
@@ -84,7 +84,7 @@ def test_killed_and_resumed_is_the_run_left_alone(number: int, finished: Path, w
         time.sleep(0.02)
     process.send_signal(number)
     _, err = process.communicate(timeout=120)
-    reached = train.read_metadata(out / "last.safetensors")["iteration"]
+    reached = checkpoint.read_metadata(out / "last.safetensors")["iteration"]
     if number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
     elif reached < 6:  # the signal may come after the last iteration on a fast machine
@@ -162,14 +162,14 @@ def test_help_is_immediate() -> None:
 
 
 def test_eval_json(finished: Path, cache: Path) -> None:
-    for checkpoint in ("best", "last"):
+    for which in ("best", "last"):
         result = CliRunner().invoke(
-            app, ["eval", str(finished), "--split", "test", "--checkpoint", checkpoint, "--json", "--cache", str(cache)]
+            app, ["eval", str(finished), "--split", "test", "--checkpoint", which, "--json", "--cache", str(cache)]
         )
         assert result.exit_code == 0, result.output
         score = json.loads(result.stdout)
         assert score["split"] == "test"
-        assert score["checkpoint"].startswith(f"{checkpoint}.safetensors, iteration")
+        assert score["checkpoint"].startswith(f"{which}.safetensors, iteration")
         assert set(score["miou"]) == set(score["iou"]) == {"2d", "3d", "2d+3d"}
         for head, classes in score["iou"].items():
             assert list(classes) == list(data.CLASS_SETS["street6"].names)
@@ -190,18 +190,18 @@ def test_confusion_and_iou_slowly() -> None:
     g = torch.Generator().manual_seed(0)
     pred, label = torch.randint(0, 3, (200,), generator=g), torch.randint(0, 3, (200,), generator=g)
     label[::7] = IGNORE
-    matrix = train.confusion(pred, label, 4)
+    matrix = evaluate.confusion(pred, label, 4)
     for i in range(4):
         for j in range(4):
             assert matrix[i, j] == sum(a == i and b == j for a, b in zip(label.tolist(), pred.tolist(), strict=True))
-    per_class, mean = train.iou(matrix)
+    per_class, mean = evaluate.iou(matrix)
     for c in range(3):
         seen = [(a, b) for a, b in zip(label.tolist(), pred.tolist(), strict=True) if a != IGNORE]
         both, either = sum(a == b == c for a, b in seen), sum(c in (a, b) for a, b in seen)
         assert per_class[c] == pytest.approx(both / either)
     assert per_class[3] != per_class[3], "an absent class has no IoU"
     assert mean == pytest.approx(sum(per_class[:3]) / 4), "and counts as 0 in the mean"
-    assert train.iou(train.confusion(pred, torch.full((200,), IGNORE), 4))[1] == 0
+    assert evaluate.iou(evaluate.confusion(pred, torch.full((200,), IGNORE), 4))[1] == 0
 
 
 # ---- pseudo-labels ---------------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def test_refine_slowly() -> None:
     g = torch.Generator().manual_seed(0)
     label, prob = torch.randint(0, 4, (301,), generator=g), torch.rand(301, generator=g)
     prob[label == 3] = 0.95
-    refined, thresholds = train.refine(label, prob, 5)
+    refined, thresholds = evaluate.refine(label, prob, 5)
     for c in range(4):
         mine = sorted(prob[label == c].tolist())
         assert thresholds[c] == pytest.approx(min(mine[(len(mine) - 1) // 2], 0.9))
@@ -226,21 +226,21 @@ def test_pseudo_labels_and_second_stage(finished: Path, world: Path, cache: Path
     file = tmp_path / "pseudo.safetensors"
     result = ftd("pseudo", finished, "--out", file, "--cache", cache)
     assert result.exit_code == 0, result.output
-    tensors, meta = load_file(file), train.read_metadata(file)
-    model, r, _ = train.load_student(finished / "last.safetensors")
+    tensors, meta = load_file(file), checkpoint.read_metadata(file)
+    model, r, _ = checkpoint.load_student(finished / "last.safetensors")
     index = train.Source("singapore", world).index("train", r, cache)
     assert {k.rsplit("/", 1)[0] for k in tensors} == set(index.tokens)
-    [(_, batch)] = train.batches_of(index, r, len(index))
+    [(_, batch)] = evaluate.batches_of(index, r, len(index))
     with torch.no_grad():
-        logits = torch.cat([model(b.image, b.pixel, b.coords).main_3d for _, b in train.batches_of(index, r, r.eval_batch)])
+        logits = torch.cat([model(b.image, b.pixel, b.coords).main_3d for _, b in evaluate.batches_of(index, r, r.eval_batch)])
     prob, label = logits.softmax(1).max(1)
-    refined, thresholds = train.refine(label, prob, 6)
+    refined, thresholds = evaluate.refine(label, prob, 6)
     assert meta["thresholds_3d"] == pytest.approx(thresholds)
     stored = torch.cat([tensors[f"{t}/label_3d"] for t in index.tokens]).long()
     assert torch.equal(stored.masked_fill(stored == 255, IGNORE), refined)
     assert meta["kept_3d"] == torch.bincount(refined[refined != IGNORE], minlength=6).tolist()
 
-    labels = train.PseudoLabels(file, r, index)
+    labels = evaluate.PseudoLabels(file, r, index)
     labels.attach(batch)
     assert batch.label_3d is not None
     assert torch.equal(batch.label_3d, refined)
@@ -262,9 +262,9 @@ def test_pseudo_labels_and_second_stage(finished: Path, world: Path, cache: Path
     assert "not a pseudo-label file" in result.output
 
     meta["kept_2d"] = [0] * 6
-    train._save(tmp_path / "empty.safetensors", tensors, meta)
-    with pytest.raises(train.RunError, match="keeps no label"):
-        train.PseudoLabels(tmp_path / "empty.safetensors", r, index)
+    checkpoint.save(tmp_path / "empty.safetensors", tensors, meta)
+    with pytest.raises(checkpoint.RunError, match="keeps no label"):
+        evaluate.PseudoLabels(tmp_path / "empty.safetensors", r, index)
 
 
 # ---- other settings --------------------------------------------------------------------------------------------------
@@ -274,7 +274,7 @@ def test_pseudo_labels_and_second_stage(finished: Path, world: Path, cache: Path
 def test_every_method_trains(method: str, world: Path, cache: Path, tmp_path: Path) -> None:
     result = ftd(*train_args(tmp_path / "run", world, cache, method=method, steps=2))
     assert result.exit_code == 0, result.output
-    assert train.read_metadata(tmp_path / "run" / "last.safetensors")["recipe"]["method"] == method
+    assert checkpoint.read_metadata(tmp_path / "run" / "last.safetensors")["recipe"]["method"] == method
 
 
 def test_compare(world: Path, cache: Path, tmp_path: Path) -> None:
@@ -306,7 +306,7 @@ def test_compare(world: Path, cache: Path, tmp_path: Path) -> None:
 def test_convert_released_checkpoints(tmp_path: Path) -> None:
     """Files with the released names, as .pth, give a checkpoint that loads; a pickle with code in it is refused."""
     r = losses.recipe("usa-singapore")
-    model = train.build(r)
+    model = checkpoint.build(r)
     parts: dict[str, dict[str, torch.Tensor]] = {"2d": {}, "3d": {}, "fusion": {}}
     released = {
         "net_2d.trunk.up.0.": "net_2d.dec_t_conv_stage2.", "net_2d.trunk.up.1.": "net_2d.dec_t_conv_stage3.",
@@ -338,7 +338,7 @@ def test_convert_released_checkpoints(tmp_path: Path) -> None:
             "--out", tmp_path / "x.safetensors", "--scenario"]  # fmt: skip
     result = ftd(*args, "usa-singapore")
     assert result.exit_code == 0, result.output
-    loaded, _, meta = train.load_student(tmp_path / "x.safetensors")
+    loaded, _, meta = checkpoint.load_student(tmp_path / "x.safetensors")
     assert meta["iteration"] == 60000
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
@@ -375,6 +375,6 @@ def test_semi_supervised(world: Path, cache: Path, tmp_path: Path) -> None:
     result = ftd(*train_args(tmp_path / "run", world, cache, "--ssda", steps=2))
     if frames:
         assert result.exit_code == 0, result.output
-        assert train.read_metadata(tmp_path / "run" / "last.safetensors")["recipe"]["supervised"] == "both"
+        assert checkpoint.read_metadata(tmp_path / "run" / "last.safetensors")["recipe"]["supervised"] == "both"
     else:
         assert result.exit_code == 3, result.output
