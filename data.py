@@ -10,13 +10,15 @@ Conventions: metres, LiDAR frame, x forward for KITTI; pixels are (row, col); im
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -461,7 +463,9 @@ def list_frames(
     if frames is not None:
         unknown = sorted(set(frames) - {ref.token for ref in refs})
         if unknown:
-            raise DataError(f"{root}: no frame {unknown[0]!r} in {domain.name}/{split} ({len(refs)} frames found)")
+            raise DataError(
+                f"{root}: no frame {unknown[0]!r} in {domain.name}{f'/{split}' if split else ''} ({len(refs)} frames found)"
+            )
         refs = [ref for ref in refs if ref.token in set(frames)]
     return refs
 
@@ -677,7 +681,7 @@ def prepare(
     finished index appears under its name in one rename. A stale or damaged index is built anew, and `progress` is told
     why. Raises DataError for anything in the data that cannot be used.
     """
-    root, tell = Path(root).expanduser().absolute(), progress or (lambda done, total, what: None)
+    root, tell = Path(root).expanduser().resolve(), progress or (lambda done, total, what: None)
     if classes not in CLASS_SETS:
         raise DataError(f"no class set {classes!r}: type one of {', '.join(CLASS_SETS)}")
     refs = list_frames(root, domain, split, version, frames)
@@ -700,6 +704,29 @@ def prepare(
     place = _sha([identity[k] for k in ("format", "root", "version", "frames")])[:8]
     pixels = f"{size[0]}x{size[1]}" if size else "full"
     final = Path(cache).expanduser() / f"{domain.name}-{split or 'all'}-{classes}-{pixels}-{place}"
+    with locked(final):
+        return _open_or_build(final, identity, refs, stamps, table, size, root, tell)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Only one process at a time builds `folder`; the others wait and find it finished."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(folder.name + ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _open_or_build(
+    final: Path,
+    identity: dict[str, Any],
+    refs: list[FrameRef],
+    stamps: list[tuple[str, int, int]],
+    table: Array,
+    size: tuple[int, int] | None,
+    root: Path,
+    tell: Progress,
+) -> Index:
     if final.exists():
         try:
             index = Index(final)

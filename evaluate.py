@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,7 @@ def evaluate(
     result depends a little on the batch (attention over its points): frames go in the index's order, `eval_batch` at a time.
 
     Raises:
-        DataError: when no frame has labels.
+        DataError: when a frame has no labels.
     """
     data.require_labels(index)
     names = CLASS_SETS[r.classes].names
@@ -204,6 +205,10 @@ def write_pseudo_labels(
             prob = torch.zeros(total)
             prob[kept_rows[i]] = found[f"prob_{m}"][i]
             tensors[f"{token}/label_{m}"], tensors[f"{token}/prob_{m}"] = whole, prob
+    digest = hashlib.sha256()
+    for key in sorted(k for k in tensors if "/label_" in k):
+        digest.update(tensors[key].numpy().tobytes())
+    meta["labels"] = digest.hexdigest()
     if not sum(meta["kept_2d"]) or not sum(meta["kept_3d"]):
         raise RunError(f"no pseudo-label was kept (2D {sum(meta['kept_2d'])}, 3D {sum(meta['kept_3d'])} points): nothing written")
     save(path, tensors, meta)

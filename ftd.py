@@ -80,6 +80,10 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             raise _fail(error, NON_FINITE) from None
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise _fail(f"out of memory ({error}); use --preset small or a smaller --set batch=...", OUT_OF_MEMORY) from None
+        except RuntimeError as error:
+            if "can't allocate memory" not in str(error):  # how torch reports it on a CPU
+                raise
+            raise _fail("out of memory; use --preset small or a smaller --set batch=...", OUT_OF_MEMORY) from None
         except (Interrupted, KeyboardInterrupt) as error:
             raise _fail(str(error) or "interrupted", INTERRUPTED) from None
 
@@ -120,6 +124,7 @@ def _preset(name: str | None, device: Any) -> tuple[str, str]:
 def _world(src: str, tgt: str, cache: Path, console: Console) -> Path:
     """The root of the built-in street world for a pair of domains, written on first use."""
     from ftdpp import screen, synth
+    from ftdpp.data import locked
 
     if (src, tgt) not in BUILT_IN:
         pairs = ", ".join(f"--src {a} --tgt {b}" for a, b in BUILT_IN)
@@ -132,8 +137,8 @@ def _world(src: str, tgt: str, cache: Path, console: Console) -> Path:
         "BUILT-IN STREET WORLD: no --data was given, so this runs on generated streets, not on a real data set.",
         style="bold black on yellow",
     )
-    if not root.is_dir():
-        with screen.bar(console) as tell:
+    with locked(root), screen.bar(console) as tell:
+        if not root.is_dir():
             synth.write_world(root, src, tgt, progress=lambda done, total: tell(done, total, "building the street world"))
     return root
 
@@ -156,6 +161,29 @@ def _sources(
         assert root is not None
         made.append(Source(domain, root.resolve(), version if root is not world else None, chosen.split(",") if chosen else None))
     return made[0], made[1]
+
+
+def _print_choices(
+    console: Console,
+    preset_why: str,
+    preset: str,
+    dev: Any,
+    dev_why: str,
+    cache: Path,
+    cache_why: str,
+    more: list[tuple[str, str, str]],
+) -> None:
+    """Every automatic choice with its reason."""
+    from ftdpp import kernels, screen
+
+    choices = [
+        ("preset", preset, preset_why),
+        ("device", str(dev), dev_why),
+        ("kernels", *kernels.backend()),
+        ("dtype", "float32", "the only one so far"),
+        ("cache", str(cache), cache_why),
+    ]
+    screen.facts(console, [*choices, *more])
 
 
 # ---- train -----------------------------------------------------------------------------------------------------------
@@ -201,7 +229,7 @@ def train(
     method: Annotated[str, typer.Option(help="See: ftd recipes.")] = "ftdpp",
     preset: Preset = None,
     steps: Annotated[int | None, typer.Option(help="Iterations; default: the recipe's.", min=1)] = None,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/SRC-TGT-METHOD-SEED.")] = None,
     data: Data = None,
     src_data: Annotated[Path | None, typer.Option(help="Root of the source, where it differs from --data.")] = None,
@@ -223,7 +251,7 @@ def train(
     ] = False,
 ) -> None:
     """Train on SRC, adapt to TGT. Leaves last.safetensors, best.safetensors, log.csv and run.json in the run folder."""
-    from ftdpp import kernels, losses, screen
+    from ftdpp import losses, screen
     from ftdpp import train as engine
     from ftdpp.data import DOMAINS
 
@@ -237,8 +265,12 @@ def train(
     if pseudo and not pseudo.is_file():
         raise _fail(f"--pseudo {pseudo}: no such file; make one with: ftd pseudo RUN --out {pseudo}", USAGE)
     r = losses.recipe(f"{src}-{tgt}" + ("-ssda" if ssda else ""), method, preset, pseudo is not None, overrides)
-    if pseudo and not losses.uses_target(r):
-        raise losses.RecipeError(f"--pseudo: {method} does not train on the target")
+    if ssda and tgt_frames:
+        raise losses.RecipeError("--ssda takes labelled and unlabelled frames from the official lists; drop --tgt-frames")
+    if pretrained and r.width != 64:
+        raise losses.RecipeError("--pretrained: ImageNet weights fit a network of width 64 only; use --preset paper")
+    if pretrained and pretrained != "download" and not Path(pretrained).is_file():
+        raise losses.RecipeError(f"--pretrained {pretrained}: no such file; or --pretrained download")
     out = out or Path("runs") / f"{src}-{tgt}-{method}{'-ssda' if ssda else ''}{'-pl' if pseudo else ''}-seed{seed}"
     if (out / "last.safetensors").exists() and not resume:
         raise _fail(f"{out} already holds a run; continue it with --resume, or choose another folder with --out", USAGE)
@@ -251,28 +283,12 @@ def train(
     val = engine.Source(tgt, target.root, target.version, val_frames.split(",") if val_frames else None)
     with screen.bar(console) as tell:
         run, facts = engine.assemble(r, seed, out, source, target, val, folder, pseudo, dev, workers, pretrained, tell)
-    name, why = kernels.backend()
-    screen.facts(
-        console,
-        [
-            (
-                "method",
-                f"{method}, {r.scenario}{', second stage' if pseudo else ''}",
-                f"{r.steps} iterations of {r.batch} frames a domain",
-            ),
-            ("preset", preset, preset_why),
-            ("device", str(dev), dev_why),
-            ("kernels", name, why),
-            ("dtype", "float32", "the only one so far"),
-            ("cache", str(folder), folder_why),
-            (
-                "ImageNet weights",
-                pretrained or "none",
-                "--pretrained" if pretrained else "none given; the paper starts from them",
-            ),
-            *facts,
-        ],
-    )
+    stage = ", second stage" if pseudo else ""
+    own = [
+        ("method", f"{method}, {r.scenario}{stage}", f"{r.steps} iterations of {r.batch} frames a domain"),
+        ("ImageNet weights", pretrained or "none", "--pretrained" if pretrained else "none given; the paper starts from them"),
+    ]
+    _print_choices(console, (preset, preset_why), (dev, dev_why), (folder, folder_why), [*own, *facts])
     if resume:
         run.resume()
         console.print(f"resuming {out} at iteration {run.iteration} of {r.steps}")
@@ -312,31 +328,41 @@ def _checkpoint(run: Path, which: str) -> Path:
     return run / f"{which}.safetensors"
 
 
-def _run_source(run: Path, side: str, domain: str | None, data: Path | None, version: str | None, frames: str | None) -> Source:
-    """Where a finished run's data comes from: as recorded in run.json, unless said otherwise."""
-    from ftdpp.train import RunError, Source
+def _run_source(
+    run: Path, domain: str | None, data: Path | None, version: str | None, split: str | None, frames: str | None
+) -> Source:
+    """Where the data of `ftd eval` and `ftd pseudo` comes from: the run's target as recorded in run.json, unless said otherwise.
 
+    Frames that the target was restricted to in training are the default for that target, as long as neither a split nor
+    other frames are asked for.
+    """
+    from ftdpp.checkpoint import RunError
+    from ftdpp.train import Source
+
+    if domain is not None:
+        _domain(domain)
     record = (run if run.is_dir() else run.parent) / "run.json"
-    stored = json.loads(record.read_text())[side] if record.is_file() else None
-    chosen = frames.split(",") if frames else None
-    if data is not None:
-        if domain is None and stored is None:
-            raise RunError(f"{run}: no run.json beside it; say which domain --data holds with --domain")
-        return Source(domain or (stored or {})["domain"], data.resolve(), version, chosen)
-    if stored is None:
+    stored = json.loads(record.read_text()) if record.is_file() else None
+    if stored is None and (data is None or domain is None):
         raise RunError(f"{run}: no run.json beside it, so where its data lies is unknown; name it with --data and --domain")
-    if domain is not None and domain != stored["domain"]:
-        stored = json.loads(record.read_text())["src" if side == "tgt" else "tgt"]
-        if stored is None or domain != stored["domain"]:
-            raise RunError(f"{run}: was not trained on {domain}; name its root with --data")
-    return Source(stored["domain"], Path(stored["root"]), version or stored["version"], chosen)
+    side = next((stored[k] for k in ("tgt", "src") if domain in (None, stored[k]["domain"])), None) if stored else None
+    if side is None and data is None:
+        raise RunError(f"{run}: was not trained on {domain}; name its root with --data")
+    chosen = frames.split(",") if frames else None
+    if side is None:
+        assert data is not None and domain is not None
+        return Source(domain, data.resolve(), version, chosen)
+    if chosen is None and split is None:
+        chosen = side["frames"]
+    root = data.resolve() if data is not None else Path(side["root"])
+    return Source(side["domain"], root, version or side["version"], chosen)
 
 
 @app.command("eval")
 @guarded
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder, or a .safetensors checkpoint.")],
-    split: Annotated[str, typer.Option(help="val, test or train.")] = "test",
+    split: Annotated[str | None, typer.Option(help="val, test or train; default: test, or the run's own --tgt-frames.")] = None,
     checkpoint: Checkpoint = "best",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     domain: Annotated[str | None, typer.Option(help="Domain to evaluate on; default: the run's target.")] = None,
@@ -357,8 +383,9 @@ def evaluate(
     path = _checkpoint(run, checkpoint)
     dev, _ = _device(device)
     model, r, meta = files.load_student(path, dev)
-    source = _run_source(run, "tgt", domain, data, data_version, frames)
-    if frames is None and split not in splits(DOMAINS[source.domain]):
+    source = _run_source(run, domain, data, data_version, split, frames)
+    split = split or "test"
+    if source.frames is None and split not in splits(DOMAINS[source.domain]):
         raise _fail(f"--split {split}: {source.domain} has {', '.join(splits(DOMAINS[source.domain]))}", USAGE)
     with screen.bar(console) as tell:
         index = source.index(split, r, _cache(cache)[0], tell)
@@ -420,10 +447,7 @@ def pseudo(
     path = _checkpoint(run, checkpoint)
     dev, _ = _device(device)
     model, r, meta = files.load_student(path, dev)
-    source = _run_source(run, "tgt", domain, data, data_version, frames)
-    if frames is None and data is None:
-        record = (run if run.is_dir() else run.parent) / "run.json"
-        source.frames = json.loads(record.read_text())["tgt"]["frames"]
+    source = _run_source(run, domain, data, data_version, split, frames)
     with screen.bar(console) as tell:
         index = source.index(split or engine.needs(r)["unlabelled"] or "train", r, _cache(cache)[0], tell)
         found = protocol.write_pseudo_labels(out, model, index, r, f"{path.name}, iteration {meta['iteration']}", dev, tell)
@@ -484,8 +508,9 @@ def _jobs(scenario: str, methods: str, seeds: str, preset: str, overrides: list[
             jobs.append(Job(plain, seed, out / f"{scenario}-{plain}-seed{seed}", None, first))
             if stage:
                 second = losses.recipe(scenario, plain, preset, True, overrides)
-                folder = out / f"{scenario}-{method}-seed{seed}"
-                jobs.append(Job(method, seed, folder, folder.with_suffix(".pseudo.safetensors"), second))
+                jobs.append(
+                    Job(method, seed, out / f"{scenario}-{method}-seed{seed}", jobs[-1].out / "pseudo.safetensors", second)
+                )
     return list(dict.fromkeys(jobs))
 
 
@@ -509,21 +534,21 @@ def compare(
     from ftdpp import evaluate as protocol
     from ftdpp import screen
     from ftdpp import train as engine
+    from ftdpp.data import require_labels
 
     console = screen.messages()
-    dev, _ = _device(device)
-    preset, _ = _preset(preset, dev)
-    folder, _ = _cache(cache)
+    dev, dev_why = _device(device)
+    preset, preset_why = _preset(preset, dev)
+    folder, folder_why = _cache(cache)
     jobs = _jobs(f"{src}-{tgt}", methods, seeds, preset, set_ or [], out)
     source, target = _sources(src, tgt, (data, data), data_version, (None, None), folder, console)
     val = engine.Source(tgt, target.root, target.version)
 
-    def open_run(job: Job, pseudo: Path | None) -> Run:
-        with screen.bar(console) as tell:
-            run, _ = engine.assemble(job.recipe, job.seed, job.out, source, target, val, folder, pseudo, dev, progress=tell)
+    def open_run(job: Job, pseudo: Path | None) -> tuple[Run, list[tuple[str, str, str]]]:
+        run, facts = engine.assemble(job.recipe, job.seed, job.out, source, target, val, folder, pseudo, dev)
         if run.last_path.exists():
             run.resume()
-        return run
+        return run, facts
 
     def labels_of(job: Job) -> Path | None:
         """The pseudo-labels of a second stage, written by its first stage's last checkpoint when they are not there yet."""
@@ -535,19 +560,26 @@ def compare(
         return job.pseudo
 
     # What is left to do is known before the first step, so that one ETA covers all runs.
+    with screen.bar(console) as tell:
+        test = target.index("test", jobs[0].recipe, folder, tell)
+        require_labels(test)
+        for index_of in dict.fromkeys(engine.needs(job.recipe)["labelled"][0] for job in jobs):
+            (source if index_of[0] == "src" else target).index(index_of[1], jobs[0].recipe, folder, tell)
+        val.index("val", jobs[0].recipe, folder, tell)
     work = 0.0
+    facts: list[tuple[str, str, str]] = []
     for job in jobs:
         ready = job.pseudo is None or job.pseudo.exists()
-        work += engine.work_left(open_run(job, job.pseudo if ready else None))
-    console.print(f"{len(jobs)} runs, {preset} preset, on {dev}")
+        run, found = open_run(job, job.pseudo if ready else None)
+        work += engine.work_left(run)
+        facts = max(facts, found, key=len)
+    _print_choices(console, preset_why, preset, dev, dev_why, folder, folder_why, [("runs", str(len(jobs)), methods), *facts])
     display = screen.Display(console, work)
     rows: list[dict[str, Any]] = []
     with display.progress:
         for job in jobs:
-            run, _ = engine.assemble(job.recipe, job.seed, job.out, source, target, val, folder, labels_of(job), dev)
-            if run.last_path.exists():
-                run.resume()
-            if run.iteration < run.recipe.steps:
+            run, _ = open_run(job, labels_of(job))
+            if run.iteration < run.recipe.steps or run.owed:
                 _write_run_file(run, source, target, sys.argv[1:])
                 screen.drive(run, f"{job.name} seed {job.seed}", display)
             model, r, meta = files.load_student(run.best_path, dev)
@@ -575,6 +607,7 @@ def compare(
 def recipes(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: scenario -> method -> recipe.")] = False,
     preset: Annotated[str, typer.Option(help="paper or small.")] = "paper",
+    second: Annotated[bool, typer.Option("--pseudo", help="The second stage, on pseudo-labels.")] = False,
 ) -> None:
     """Show every scenario and method, with the numbers in which they differ."""
     import dataclasses
@@ -586,7 +619,7 @@ def recipes(
         made[scenario] = {}
         for method in losses.METHODS:
             if not (scenario.endswith("-ssda") and method in losses.NOT_SEMI_SUPERVISED):
-                made[scenario][method] = dataclasses.asdict(losses.recipe(scenario, method, preset))
+                made[scenario][method] = dataclasses.asdict(losses.recipe(scenario, method, preset, second))
     if as_json:
         print(json.dumps(made))
         return
@@ -653,6 +686,8 @@ def data_prepare(
             height, width = (int(x) for x in size.split(","))
         except ValueError:
             raise _fail(f"--size {size}: expected H,W as in 225,400", USAGE) from None
+        if height < 1 or width < 1:
+            raise _fail(f"--size {size}: expected H,W of at least 1,1", USAGE)
         shape = height, width
     names: list[str | None] = [split]
     if frames:
@@ -683,7 +718,7 @@ def data_synth(
     src: Annotated[str, typer.Option(help="usa or day.")] = "usa",
     tgt: Annotated[str, typer.Option(help="singapore or night.")] = "singapore",
     frames: Annotated[str | None, typer.Option(help="source,target,val,test frame counts.")] = None,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
     workers: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
     """Write the built-in street world to a folder of your own."""
@@ -696,6 +731,9 @@ def data_synth(
         except ValueError:
             raise _fail(f"--frames {frames}: expected four numbers, {','.join(synth.DEFAULT_FRAMES)}", USAGE) from None
     console = screen.messages()
+    if (src, tgt) not in BUILT_IN:
+        pairs = ", ".join(f"--src {a} --tgt {b}" for a, b in BUILT_IN)
+        raise _fail(f"no scenario for {src} -> {tgt}; there is {pairs}", USAGE)
     if out.exists():
         raise _fail(f"{out} exists; choose a new folder", USAGE)
     try:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ftdpp.data import IGNORE, Batch, density_transfer, fda, mixup
+from ftdpp.data import CLASS_SETS, IGNORE, Batch, density_transfer, fda, mixup
 from ftdpp.models import CrossModal, Logits
 
 # ---- loss functions: each is a mean over points, and 0 (with a graph) when no point counts --------------------------
@@ -119,7 +119,7 @@ class Recipe:
     voxels_per_metre: float = 20.0
 
 
-_XMUDA = {"lr_2d": 1e-3, "steps": 100_000, "milestones": (80_000, 90_000), "gamma": 0.1}
+_XMUDA = {"batch": 8, "lr_2d": 1e-3, "steps": 100_000, "milestones": (80_000, 90_000), "gamma": 0.1}
 _NUSCENES = {"classes": "street6", "batch": 8, "eval_batch": 8, "image": (225, 400)}
 _KITTI = {"batch": 4, "eval_batch": 1, "mimic_src": 0.1, "mimic_tgt": 0.02, "distill_single": 0.01, "distill_fused": 0.001}
 _KITTI_IMAGE = {"image": (0, 0), "crop": (302, 480)}
@@ -156,7 +156,14 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "ce_3d": 0.1,
         "pseudo_debias": False,
         "class_weights": (1.0, 2.03402089, 1.20641905, 2.21588055, 2.59745666, 1.82057006),
-        "xmuda": {**_XMUDA, "steps": 30_000, "milestones": (25_000, 28_000), "mimic_tgt": 0.01},
+        "xmuda": {
+            **_XMUDA,
+            "steps": 30_000,
+            "milestones": (25_000, 28_000),
+            "mimic_tgt": 0.01,
+            "val_every": 2_000,
+            "save_every": 2_000,
+        },
     },
     "a2d2-skitti": {
         **_KITTI,
@@ -214,7 +221,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "source-only-fusion": {"mimic_src": 0.0, "mimic_tgt": 0.0, "distill_single": 0.0, "distill_fused": 0.0, "student_mix": 1.0},
     "xmuda": _PLAIN,
     "ftdpp": {},
-    "target-only": {**_PLAIN, "mimic_src": 0.0, "mimic_tgt": 0.0, "supervised": "target"},
+    "target-only": {**_PLAIN, "mimic_src": 0.0, "mimic_tgt": 0.0, "supervised": "target", "class_weights": ()},
 }
 BASED_ON_XMUDA = ("source-only", "xmuda", "target-only")
 NOT_SEMI_SUPERVISED = ("source-only", "source-only-fusion", "target-only")
@@ -287,11 +294,41 @@ def recipe(
         if name not in fields:
             raise unknown("setting", name, list(fields))
         made = dataclasses.replace(made, **{name: _parse(name, value, getattr(made, name), str(fields[name].type))})
-    if made.steps < 1 or made.batch < 1 or made.val_every < 1 or made.save_every < 1 or made.eval_batch < 1:
-        raise RecipeError("steps, batch, eval_batch, val_every and save_every must be at least 1")
-    if made.supervised == "both" and made.batch < 2:
-        raise RecipeError("a semi-supervised batch holds source and labelled target frames: batch must be at least 2")
+    _check(made)
+    if pseudo and not (made.pseudo and uses_target(made)):
+        raise RecipeError("--pseudo needs a pseudo weight above 0")
+    if made.pseudo and not pseudo:
+        raise RecipeError("pseudo > 0 needs pseudo-labels; name their file with --pseudo FILE")
     return made
+
+
+def _check(r: Recipe) -> None:
+    """Refuse values that no training could use."""
+    rules = {
+        "steps, batch, eval_batch, val_every and save_every must be at least 1": min(
+            r.steps, r.batch, r.eval_batch, r.val_every, r.save_every
+        )
+        >= 1,
+        "a semi-supervised batch holds source and labelled target frames: batch must be at least 2": r.supervised != "both"
+        or r.batch >= 2,
+        "supervised must be source, target or both": r.supervised in ("source", "target", "both"),
+        "teacher_image must be coin or fda": r.teacher_image in ("coin", "fda"),
+        "classes must be street6, vkitti6 or a2d2_10": r.classes in CLASS_SETS,
+        "learning rates and loss weights must not be negative": min(
+            r.lr, r.lr_2d, r.ce_3d, r.mimic_src, r.mimic_tgt, r.pseudo, r.distill_single, r.distill_fused
+        )
+        >= 0,
+        "student_mix, teacher_mix and fda_beta must lie in 0..1": all(
+            0 <= v <= 1 for v in (r.student_mix, r.teacher_mix, r.fda_beta)
+        ),
+        "dropout wants two numbers in 0..1 (2D encoder, attention)": len(r.dropout) == 2 and all(0 <= p < 1 for p in r.dropout),
+        "image and crop want H,W; 0,0 for none": len(r.image) == len(r.crop) == 2 and min(*r.image, *r.crop) >= 0,
+        "width must be a multiple of 8 and m of 4": r.width > 0 and r.m > 0 and r.width % 8 == 0 and r.m % 4 == 0,
+        "voxels_per_metre must be above 0": r.voxels_per_metre > 0,
+    }
+    broken = [rule for rule, holds in rules.items() if not holds]
+    if broken:
+        raise RecipeError("; ".join(broken))
 
 
 def _parse(name: str, text: str, old: Any, kind: str) -> Any:

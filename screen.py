@@ -22,7 +22,7 @@ from ftdpp.evaluate import HEADS, Score
 
 
 def messages() -> Console:
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
 
 
 def results() -> Console:

@@ -33,7 +33,7 @@ from ftdpp.models import CrossModal, load_imagenet, update_teacher
 
 
 class NonFiniteLoss(Exception):
-    """A loss term is nan or inf; the checkpoint of the last save is intact."""
+    """A loss term is nan or inf."""
 
 
 class Interrupted(Exception):
@@ -223,6 +223,7 @@ class Run:
         self.optimizer = make_optimizer(self.student, r)
         self.iteration = 0
         self.best: dict[str, Any] | None = None
+        self.owed = False  # a validation of this iteration that a stop came before
         self.stop = False  # set by a signal handler: save after this iteration and leave
 
     @property
@@ -242,12 +243,13 @@ class Run:
             "seed": self.seed,
             "iteration": self.iteration,
             "best": self.best,
+            "validation_owed": self.owed,
             "class_names": CLASS_SETS[r.classes].names,
             "torch": torch.__version__,
             "rng": {"seed": self.seed, "iteration": self.iteration},
             "sampler": {"frames_drawn": self.iteration * n},
             "data": [i.fingerprint["content"] for i in [*self.labelled, *([self.unlabelled] if self.unlabelled else [])]],
-            "pseudo": self.pseudo.meta["checkpoint"] if self.pseudo else None,
+            "pseudo": self.pseudo.meta["labels"] if self.pseudo else None,
             "pretrained": bool(self.pretrained),
         }
 
@@ -289,7 +291,7 @@ class Run:
             name, _, slot = key.rpartition("/")
             # Adam keeps its step counter on the CPU, the moments beside the parameter.
             self.optimizer.state[params[name]][slot] = tensor if slot == "step" else tensor.to(self.device)
-        self.iteration, self.best = meta["iteration"], meta["best"]
+        self.iteration, self.best, self.owed = meta["iteration"], meta["best"], meta["validation_owed"]
 
 
 def _check_finite(terms: dict[str, Tensor], labelled: Batch, unlabelled: Batch | None, iteration: int) -> dict[str, float]:
@@ -299,7 +301,7 @@ def _check_finite(terms: dict[str, Tensor], labelled: Batch, unlabelled: Batch |
         frames = labelled.tokens + (unlabelled.tokens if unlabelled is not None else [])
         raise NonFiniteLoss(
             f"iteration {iteration}: {', '.join(f'{k} = {values[k]}' for k in bad)}; frames {', '.join(frames)}; "
-            "nothing was saved since the last checkpoint: --resume with a lower --set lr=..."
+            "nothing was saved since the last checkpoint; begin again with a lower --set lr=... (and lr_2d) in another --out"
         )
     return values
 
@@ -323,8 +325,8 @@ def fit(run: Run) -> Iterator[Step | Score]:
         )
     )
     log = _Log(run.out / "log.csv", run.iteration)
-    if run.iteration and run.best is None and run.val is None and run.iteration >= r.steps:
-        return
+    if run.owed:
+        yield _validate(run)
     while run.iteration < r.steps:
         begin = time.perf_counter()
         labelled, unlabelled = next(loader)
@@ -348,21 +350,28 @@ def fit(run: Run) -> Iterator[Step | Score]:
         yield Step(run.iteration, values, seconds, waited / seconds)
 
         ended = run.iteration == r.steps
-        if run.val is not None and (ended or run.iteration % r.val_every == 0):
-            score = evaluate(run.student, run.val, r, f"iteration {run.iteration}", device)
-            if run.best is None or score.miou["2d+3d"] > run.best["miou"]["2d+3d"]:
-                run.best = {"iteration": run.iteration, "split": score.split, "miou": score.miou}
-                run.save(run.best_path)
-            log.flush()
-            run.save(run.last_path)
-            yield score
-        elif ended or run.stop or run.iteration % r.save_every == 0:
-            log.flush()
-            run.save(run.last_path)
         if ended and run.val is None:
             run.save(run.best_path)
-        if run.stop and not ended:
-            raise Interrupted(f"interrupted at iteration {run.iteration}, saved to {run.last_path}")
+        run.owed = run.val is not None and (ended or run.iteration % r.val_every == 0)
+        if run.owed or ended or run.stop or run.iteration % r.save_every == 0:
+            log.flush()
+            run.save(run.last_path)  # before a validation, which may take long: a stop must not wait for it
+        if run.stop and (run.owed or not ended):
+            raise Interrupted(f"interrupted at iteration {run.iteration}, saved to {run.last_path}; continue with --resume")
+        if run.owed:
+            yield _validate(run)
+
+
+def _validate(run: Run) -> Score:
+    """Evaluate on the validation split and keep the best checkpoint."""
+    assert run.val is not None
+    score = evaluate(run.student, run.val, run.recipe, f"iteration {run.iteration}", run.device)
+    run.owed = False
+    if run.best is None or score.miou["2d+3d"] > run.best["miou"]["2d+3d"]:
+        run.best = {"iteration": run.iteration, "split": score.split, "miou": score.miou}
+        run.save(run.best_path)
+    run.save(run.last_path)
+    return score
 
 
 class _Log:
