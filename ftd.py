@@ -164,26 +164,14 @@ def _sources(
 
 
 def _print_choices(
-    console: Console,
-    preset_why: str,
-    preset: str,
-    dev: Any,
-    dev_why: str,
-    cache: Path,
-    cache_why: str,
-    more: list[tuple[str, str, str]],
+    console: Console, preset: tuple[str, str], device: tuple[Any, str], cache: tuple[Path, str], more: list[tuple[str, str, str]]
 ) -> None:
-    """Every automatic choice with its reason."""
+    """Every automatic choice, as value and reason."""
     from ftdpp import kernels, screen
 
-    choices = [
-        ("preset", preset, preset_why),
-        ("device", str(dev), dev_why),
-        ("kernels", *kernels.backend()),
-        ("dtype", "float32", "the only one so far"),
-        ("cache", str(cache), cache_why),
-    ]
-    screen.facts(console, [*choices, *more])
+    dtype = "float32", "the only one so far"
+    named = {"preset": preset, "device": device, "kernels": kernels.backend(), "dtype": dtype, "cache": cache}
+    screen.facts(console, [*((name, str(value), why) for name, (value, why) in named.items()), *more])
 
 
 # ---- train -----------------------------------------------------------------------------------------------------------
@@ -573,7 +561,8 @@ def compare(
         run, found = open_run(job, job.pseudo if ready else None)
         work += engine.work_left(run)
         facts = max(facts, found, key=len)
-    _print_choices(console, preset_why, preset, dev, dev_why, folder, folder_why, [("runs", str(len(jobs)), methods), *facts])
+    many = ("runs", str(len(jobs)), f"{methods}; seeds {seeds}")
+    _print_choices(console, (preset, preset_why), (dev, dev_why), (folder, folder_why), [many, *facts])
     display = screen.Display(console, work)
     rows: list[dict[str, Any]] = []
     with display.progress:

@@ -304,26 +304,22 @@ def recipe(
 
 def _check(r: Recipe) -> None:
     """Refuse values that no training could use."""
+    weights = (r.lr, r.lr_2d, r.ce_3d, r.mimic_src, r.mimic_tgt, r.pseudo, r.distill_single, r.distill_fused)
+    shares = (r.student_mix, r.teacher_mix, r.fda_beta)
+    periods = (r.steps, r.batch, r.eval_batch, r.val_every, r.save_every)
     rules = {
-        "steps, batch, eval_batch, val_every and save_every must be at least 1": min(
-            r.steps, r.batch, r.eval_batch, r.val_every, r.save_every
-        )
-        >= 1,
-        "a semi-supervised batch holds source and labelled target frames: batch must be at least 2": r.supervised != "both"
-        or r.batch >= 2,
+        "steps, batch, eval_batch, val_every and save_every must be at least 1": min(periods) >= 1,
+        "a semi-supervised batch holds source and labelled target frames: batch must be at least 2": (
+            r.supervised != "both" or r.batch >= 2
+        ),
         "supervised must be source, target or both": r.supervised in ("source", "target", "both"),
         "teacher_image must be coin or fda": r.teacher_image in ("coin", "fda"),
-        "classes must be street6, vkitti6 or a2d2_10": r.classes in CLASS_SETS,
-        "learning rates and loss weights must not be negative": min(
-            r.lr, r.lr_2d, r.ce_3d, r.mimic_src, r.mimic_tgt, r.pseudo, r.distill_single, r.distill_fused
-        )
-        >= 0,
-        "student_mix, teacher_mix and fda_beta must lie in 0..1": all(
-            0 <= v <= 1 for v in (r.student_mix, r.teacher_mix, r.fda_beta)
-        ),
+        f"classes must be one of {', '.join(CLASS_SETS)}": r.classes in CLASS_SETS,
+        "learning rates and loss weights must not be negative": min(weights) >= 0,
+        "student_mix, teacher_mix and fda_beta must lie in 0..1": all(0 <= v <= 1 for v in shares),
         "dropout wants two numbers in 0..1 (2D encoder, attention)": len(r.dropout) == 2 and all(0 <= p < 1 for p in r.dropout),
         "image and crop want H,W; 0,0 for none": len(r.image) == len(r.crop) == 2 and min(*r.image, *r.crop) >= 0,
-        "width must be a multiple of 8 and m of 4": r.width > 0 and r.m > 0 and r.width % 8 == 0 and r.m % 4 == 0,
+        "width must be a multiple of 8 and m of 4": min(r.width, r.m) > 0 and r.width % 8 == 0 and r.m % 4 == 0,
         "voxels_per_metre must be above 0": r.voxels_per_metre > 0,
     }
     broken = [rule for rule, holds in rules.items() if not holds]
