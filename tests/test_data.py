@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -409,6 +410,16 @@ def test_verify_finds_a_flipped_byte(root: Path) -> None:
         Index(index.path).verify()
     with pytest.raises(DataError, match="missing; no finished index"):
         Index(root)
+
+
+def test_three_at_once_build_it_once(root: Path) -> None:
+    """Whoever comes second waits for the lock and opens what the first one built."""
+    cache = root.parent / "contended"
+    with ThreadPoolExecutor(3) as pool:
+        made = list(pool.map(lambda _: prepare(root, SINGAPORE, "train", "street6", (45, 80), cache), range(3)))
+    assert len({str(index.path) for index in made}) == 1
+    assert all(index.fingerprint == made[0].fingerprint for index in made)
+    made[0].verify()
 
 
 @pytest.mark.parametrize("tail", [b"", b'{"token": "torn'])

@@ -96,6 +96,31 @@ def test_killed_and_resumed_is_the_run_left_alone(number: int, finished: Path, w
     assert same_bytes(finished, out)
 
 
+def test_stop_at_a_validation(world: Path, cache: Path, tmp_path: Path) -> None:
+    """It is saved at once; the validation is owed and made up for on resume, with the same bytes in the end."""
+    r = losses.recipe("usa-singapore", "xmuda", "small", overrides=[*TINY[1::2], "steps=4", "val_every=2", "save_every=4"])
+    src, tgt = train.Source("usa", world), train.Source("singapore", world)
+
+    def run(name: str) -> train.Run:
+        return train.assemble(r, 0, tmp_path / name, src, tgt, tgt, cache)[0]
+
+    list(train.fit(whole := run("whole")))
+    stopped = run("stopped")
+
+    def stop_after_two() -> None:
+        for event in train.fit(stopped):
+            stopped.stop = isinstance(event, train.Step) and event.iteration == 2
+
+    with pytest.raises(train.Interrupted, match="--resume"):
+        stop_after_two()
+    assert checkpoint.read_metadata(stopped.last_path)["validation_owed"]
+    resumed = run("stopped")
+    resumed.resume()
+    kinds = [type(event).__name__ for event in train.fit(resumed)]
+    assert kinds == ["Score", "Step", "Step", "Score"]
+    assert same_bytes(whole.out, resumed.out)
+
+
 def test_resume_refuses_what_does_not_fit(finished: Path, world: Path, cache: Path, tmp_path: Path) -> None:
     again = train_args(finished, world, cache, "--set", "save_every=2", steps=6)
     result = ftd(*again)
@@ -129,6 +154,15 @@ def test_non_finite_loss_names_term_and_frames(world: Path, cache: Path, tmp_pat
     (["train", "--src", "usa", "--tgt", "singapore", "--method", "ftd++"], 2, "did you mean 'ftdpp'"),
     (["train", "--src", "usa", "--tgt", "singapore", "--set", "lrr=1"], 2, "did you mean 'lr'"),
     (["train", "--src", "usa"], 2, "--tgt"),
+    (["train", "--src", "usa", "--tgt", "singapore", "--preset", "small", "--pretrained", "download"], 2, "--preset paper"),
+    (["train", "--src", "usa", "--tgt", "singapore", "--preset", "paper", "--pretrained", "/nope.pth"], 2, "/nope.pth"),
+    (["train", "--src", "usa", "--tgt", "singapore", "--ssda", "--tgt-frames", "a"], 2, "--tgt-frames"),
+    (["train", "--src", "usa", "--tgt", "singapore", "--set", "teacher_image=fad"], 2, "coin or fda"),
+    (["train", "--src", "usa", "--tgt", "singapore", "--set", "pseudo=1"], 2, "--pseudo FILE"),
+    (["train", "--src", "usa", "--tgt", "singapore", "--set", "width=15"], 2, "multiple of 8"),
+    (["train", "--src", "usa", "--tgt", "singapore", "--seed", "-1"], 2, "--seed"),
+    (["compare", "--seeds", "a"], 2, "--seeds"),
+    (["compare", "--methods", "ftdpp+x"], 2, "NAME+pl"),
     (["train", "--src", "skitti", "--tgt", "skitti"], 2, "--data"),
     (["train", "--src", "usa", "--tgt", "singapore", "--data", "/nowhere"], 3, "/nowhere"),
     (["eval", "/nowhere"], 1, "/nowhere"),
@@ -142,9 +176,17 @@ def test_bad_commands(args: list[str], code: int, words: str, tmp_path: Path) ->
     assert words in result.output.replace("\n", " ")
 
 
-def test_out_of_memory(world: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("nothing left"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+    ],
+)
+def test_out_of_memory(error: Exception, world: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object) -> None:
-        raise torch.OutOfMemoryError("nothing left")
+        raise error
 
     monkeypatch.setattr(train, "step", full)
     result = ftd(*train_args(tmp_path / "run", world, cache))
