@@ -406,8 +406,8 @@ class _Log:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc not to hand freed blocks back to the kernel: each step would fault the same gigabyte in again, which takes a
-    third of a CPU training step. Does nothing where there is no glibc."""
+    """Tell glibc not to hand freed blocks back to the kernel: each step would fault the same memory in again, at the cost
+    of kernel time. Does nothing where there is no glibc."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ftdpp.kernels.maps import KernelMap, Pyramid
 
-try:  # optional: a compiled extension, twice as fast as native torch here
+try:  # optional: a compiled extension
     from torch_scatter import segment_csr
 except (ImportError, OSError):  # OSError: built for another torch
     segment_csr = None
