@@ -16,8 +16,9 @@ import re
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -214,17 +215,53 @@ class CBAM(nn.Module):
         return x + y * torch.sigmoid(self.spatial(pooled))
 
 
-def keep_mask(shape: tuple[int, ...], p: float, device: torch.device) -> Tensor:
-    """uint8 1 where a value survives dropout, 0 with probability p (to 1.5e-5).
+def keep_mask(shape: tuple[int, ...], p: float, device: torch.device) -> tuple[Tensor, float]:
+    """Dropout's choice: uint8, 1 where a value survives; and the share that survives, 1 - p.
 
-    On a CPU four values come from each 64-bit draw and are multiplied as bytes: PyTorch's own dropout takes five times as
-    long, and the attention drops hundreds of millions of values a step.
+    On a CPU p is rounded to 1/256, so that a byte decides: the attention drops tens of millions of values a step, and
+    PyTorch's own dropout would take most of it. PyTorch's generator seeds the bytes and stays the only state of chance.
     """
     if device.type != "cpu":
-        return (torch.rand(shape, device=device) >= p).view(torch.uint8)
-    count = math.prod(shape)
-    draws = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
-    return (draws.view(torch.int16)[:count] >= round(p * 65536) - 32768).view(torch.uint8).view(shape)
+        return (torch.rand(shape, device=device) >= p).view(torch.uint8), 1 - p
+    seed, count, drop = int(torch.randint(2**62, ())), math.prod(shape), round(256 * p)
+    draws = np.random.Generator(np.random.SFC64(seed)).integers(0, 2**64, -(-count // 8), np.uint64).view(np.uint8)[:count]
+    return torch.from_numpy((draws >= drop).view(np.uint8)).view(shape), 1 - drop / 256
+
+
+class _Attend(torch.autograd.Function):
+    """One head of external attention, feature-major: (d, N) -> (d, N).
+
+        a = softmax over the N points of (key @ x + bias)        (S, N)
+        y = value @ dropout(a / (1e-9 + sum of a over the S slots))
+
+    The division moves behind the product, so each (S, N) array is passed over as rarely as can be: this is where the time
+    of the fusion module goes. Written with its gradient because autograd would keep and revisit twice as many of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, key: Tensor, bias: Tensor, value: Tensor, p: float) -> Tensor:
+        a = torch.softmax(torch.addmm(bias[:, None], key, x), 1)
+        total = a.sum(0).add_(1e-9)  # (N,)
+        mask, keep = keep_mask(tuple(a.shape), p, a.device) if p else (None, 1.0)
+        y = (value @ (a if mask is None else a * mask)).div_(total * keep)
+        ctx.keep = keep
+        ctx.save_for_backward(x, key, value, a, mask, total, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, key, value, a, mask, total, y = ctx.saved_tensors
+        scaled = grad / (total * ctx.keep)
+        grad_a = value.t() @ scaled
+        kept = a
+        if mask is not None:
+            mask = mask.to(a.dtype)
+            kept = a * mask
+            grad_a.mul_(mask)
+        grad_value = scaled @ kept.t()
+        grad_a.sub_((grad * y).sum(0).div_(total))  # through the sum over slots
+        grad_logits = torch._softmax_backward_data(grad_a, a, 1, a.dtype)
+        return key.t() @ grad_logits, grad_logits @ x.t(), grad_logits.sum(1), grad_value, None
 
 
 class ExternalAttention(nn.Module):
@@ -247,25 +284,16 @@ class ExternalAttention(nn.Module):
         self.project = nn.Linear(4 * channels, channels)
         self.dropout = nn.Dropout(dropout)
 
-    def attend(self, x: Tensor) -> Tensor:
-        """One head, (N, d) -> (N, d): `value(dropout(a / (1e-9 + sum of a over slots)))`, a = softmax of the keys over points.
-
-        With a = e / z, the divisions move out of the (N, 64) array: 1/z into the weights, the sum over slots into the result.
-        """
-        logits = self.key(x).float()
-        e = (logits - logits.amax(0).detach()).exp()
-        z = 1 / e.sum(0)  # (64,)
-        total = 1e-9 + e @ z  # (N,)
-        weight = self.value.weight.float().t() * z[:, None]  # (64, d)
-        if self.training and self.dropout.p:
-            e = e * keep_mask(tuple(e.shape), self.dropout.p, x.device)
-            weight = weight / (1 - self.dropout.p)
-        return (e @ weight / total[:, None]).to(x.dtype) + self.value.bias
-
     def forward(self, x: Tensor) -> Tensor:
-        # Head by head: (N, 64) stays in a CPU's cache where (32, N, 64) would not.
-        heads = self.expand(x).view(len(x), self.heads, -1).unbind(1)
-        return self.dropout(self.project(torch.cat([self.attend(h) for h in heads], 1)))
+        """(N, channels) -> (N, channels)."""
+        # Head by head: a head's (64, N) stays in a CPU's cache where all heads' would not.
+        p = self.dropout.p if self.training else 0.0
+        wide = torch.addmm(self.expand.bias[:, None], self.expand.weight, x.t())  # (4 channels, N)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        key, bias, value = (w.to(exact) for w in (self.key.weight, self.key.bias, self.value.weight))
+        heads = [_Attend.apply(h, key, bias, value, p) for h in wide.to(exact).chunk(self.heads)]
+        y = torch.cat([h + self.value.bias[:, None] for h in heads]).to(x.dtype)
+        return self.dropout(self.project(y.t()))
 
 
 class Fusion(nn.Module):

@@ -16,6 +16,7 @@ from ftdpp.models import (
     SparseBatchNorm,
     UNet2D,
     UNet3D,
+    _Attend,
     keep_mask,
     load_imagenet,
     update_teacher,
@@ -111,38 +112,69 @@ def test_sparse_batch_norm_constants() -> None:
     assert torch.allclose(norm.running_var, 0.99 + 0.01 * x.var(0), atol=1e-5)
 
 
-def test_external_attention_as_published() -> None:
-    """Softmax over points, then division by the sum over slots, written out; sums over slots are 1."""
+def published_attention(ea: ExternalAttention, x: torch.Tensor) -> torch.Tensor:
+    """External attention as its paper writes it, by autograd: softmax over points, then division by the sum over slots."""
+    n, width = len(x), ea.expand.out_features
+    attention = ea.key(ea.expand(x).view(n, ea.heads, -1).transpose(0, 1)).softmax(1)
+    attention = attention / (1e-9 + attention.sum(2, keepdim=True))
+    return ea.project(ea.value(attention).transpose(0, 1).reshape(n, width))
+
+
+@pytest.mark.parametrize("n", [1, 2, 37, 300])
+def test_external_attention_as_published(n: int) -> None:
+    """Output and every gradient, under an upstream gradient that is not 1."""
     torch.manual_seed(0)
     ea = ExternalAttention(16, heads=8).double().eval()
-    x = torch.randn(37, 16, dtype=torch.float64)
-    heads = ea.expand(x).view(37, 8, 8).transpose(0, 1)
-    attention = ea.key(heads).softmax(1)
-    attention = attention / (1e-9 + attention.sum(2, keepdim=True))
-    assert torch.allclose(attention.sum(2), torch.ones(8, 37, dtype=torch.float64), atol=1e-6)
-    wanted = ea.project(ea.value(attention).transpose(0, 1).reshape(37, -1))
-    assert torch.allclose(ea(x), wanted, atol=1e-6)
-    assert not torch.allclose(ea(x[:20]), wanted[:20], atol=1e-4), "a point's output depends on the batch"
+    x = torch.randn(n, 16, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(n, 16, dtype=torch.float64)
+    inputs = [x, *ea.parameters()]
+    wanted, found = published_attention(ea, x), ea(x)
+    assert torch.allclose(found, wanted, atol=1e-12)
+    for name, a, b in zip(
+        ["x", *dict(ea.named_parameters())],
+        torch.autograd.grad(found, inputs, grad),
+        torch.autograd.grad(wanted, inputs, grad),
+        strict=True,
+    ):
+        assert torch.allclose(a, b, atol=1e-10), name
+    if n == 37:
+        assert not torch.allclose(ea(x[:20]), wanted[:20], atol=1e-4), "a point's output depends on the batch"
 
 
-def test_external_attention_dropout_keeps_the_mean() -> None:
+def test_external_attention_without_points() -> None:
+    x = torch.zeros(0, 16, requires_grad=True)
+    ea = ExternalAttention(16, heads=8)
+    ea(x).sum().backward()
+    assert ea(x).shape == (0, 16)
+
+
+def test_attention_dropout_keeps_the_mean_and_its_gradient_is_that_of_what_was_kept() -> None:
     torch.manual_seed(0)
-    ea = ExternalAttention(16, heads=8, dropout=0.5)
-    x = torch.randn(50, 16)
-    ea.dropout.p = 0.0
-    plain = torch.stack([ea.attend(h) for h in ea.expand(x).view(50, 8, -1).unbind(1)])
-    ea.dropout.p = 0.5
-    many = torch.stack([torch.stack([ea.attend(h) for h in ea.expand(x).view(50, 8, -1).unbind(1)]) for _ in range(400)])
+    x, key, bias, value = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((8, 50), (64, 8), (64,), (8, 64)))
+    plain = _Attend.apply(x, key, bias, value, 0.0)
+    many = torch.stack([_Attend.apply(x, key, bias, value, 0.5) for _ in range(400)])
     assert torch.allclose(many.mean(0), plain, atol=5 * many.std(0).max().item() / 20)
     assert many.std(0).min() > 0
+
+    def seeded(*args: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(1)
+        return _Attend.apply(*args, 0.3)
+
+    assert torch.autograd.gradcheck(seeded, (x, key, bias, value))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2, 0.5, 0.9])
 def test_keep_mask_rate(p: float) -> None:
-    mask = keep_mask((501, 203), p, torch.device("cpu"))
+    mask, keep = keep_mask((501, 203), p, torch.device("cpu"))
     assert mask.shape == (501, 203)
     assert set(mask.unique().tolist()) <= {0, 1}
-    assert abs(1 - mask.float().mean().item() - p) < 4 * (0.25 / mask.numel()) ** 0.5
+    assert abs(keep - (1 - p)) <= 1 / 512
+    assert abs(mask.float().mean().item() - keep) < 4 * (0.25 / mask.numel()) ** 0.5
+    torch.manual_seed(5)
+    again = [keep_mask((7, 9), 0.5, torch.device("cpu"))[0] for _ in range(2)]
+    torch.manual_seed(5)
+    assert torch.equal(again[0], keep_mask((7, 9), 0.5, torch.device("cpu"))[0]), "the seed decides"
+    assert not torch.equal(*again), "and each call draws anew"
 
 
 def test_cbam_residual() -> None:
