@@ -170,7 +170,7 @@ def _print_choices(
     from ftdpp import kernels, screen
 
     dtype = "float32", "the only one so far"
-    named = {"preset": preset, "device": device, "kernels": kernels.backend(), "dtype": dtype, "cache": cache}
+    named = {"preset": preset, "device": device, "kernels": kernels.backend(device[0]), "dtype": dtype, "cache": cache}
     screen.facts(console, [*((name, str(value), why) for name, (value, why) in named.items()), *more])
 
 

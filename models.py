@@ -24,6 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ftdpp import kernels
 from ftdpp.kernels import KernelMap, Pyramid, pixel_to_point, sparse_conv, voxel_mean, voxel_to_point
 
 RESNET34_URL = "https://download.pytorch.org/models/resnet34-b627a593.pth"
@@ -388,7 +389,7 @@ class CrossModal(nn.Module):
     def forward(self, image: Tensor, pixel: Tensor, coords: Tensor, pyramid: Pyramid | None = None) -> Logits:
         """image (B, 3, H, W), pixel (N, 2) row, col, coords (N, 4) b, x, y, z -> four logits (N, K)."""
         frame = coords[:, 0].long()
-        pyramid = pyramid or Pyramid(coords, self.net_3d.trunk.levels)
+        pyramid = pyramid or kernels.pyramid(coords, self.net_3d.trunk.levels)
         map_2d = self.net_2d.trunk(image.contiguous(memory_format=torch.channels_last))
         feat_3d = self.net_3d.trunk(torch.ones(len(coords), 1, device=image.device, dtype=image.dtype), pyramid)
         fused = self.fusion(map_2d, feat_3d, frame, pixel) if self.fusion is not None else None

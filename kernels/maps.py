@@ -12,12 +12,13 @@ once and serves the forward pass, the input gradient and the weight gradient.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 AXIS_BITS = 16  # bits per axis in a key: coordinates lie strictly inside +-2**15
-FRAME_BITS = 63 - 3 * AXIS_BITS
+FRAME_BITS = 12  # a key takes 60 bits; the Triton hash table puts the level below it
 BIAS = 1 << (AXIS_BITS - 1)  # makes coordinates unsigned; a multiple of every stride, so that parents stay parents
 
 
@@ -39,6 +40,12 @@ def _compact(v: Tensor) -> Tensor:
     return (v | v >> 16) & 0xFFFF
 
 
+def check_coords(coords: Tensor) -> None:
+    """Raises ValueError unless coords is an (N, 4) integer tensor."""
+    if coords.ndim != 2 or coords.shape[1] != 4 or coords.is_floating_point():
+        raise ValueError(f"coords must be (N, 4) integers b, x, y, z; found {tuple(coords.shape)} {coords.dtype}")
+
+
 def pack(coords: Tensor) -> Tensor:
     """Keys of voxels.
 
@@ -47,11 +54,16 @@ def pack(coords: Tensor) -> Tensor:
     Returns:
         (N,) int64, increasing in b, then along the Morton curve.
     Raises:
-        ValueError: a position outside +-(2**15 - 1), or a frame index that does not fit.
+        ValueError: a position outside +-(2**15 - 2), or a frame index that does not fit. On a GPU the check runs beside
+            the host and stops the program with a device-side assertion.
     """
     c = coords.long()
     if len(c):
         low, high = c.amin(0), c.amax(0)
+        if c.is_cuda:
+            fits = (low[1:] > -BIAS) & (high[1:] < BIAS - 1) & (low[0] >= 0) & (high[0] < 1 << FRAME_BITS)
+            torch._assert_async(fits.all(), f"voxel coordinates must lie inside +-{BIAS - 2}, frames in 0 to {1 << FRAME_BITS}")
+            return _interleave(c)
         if low[1:].min() <= -BIAS or high[1:].max() >= BIAS - 1:
             raise ValueError(
                 f"voxel coordinates span {low[1:].tolist()} to {high[1:].tolist()}; they must lie inside "
@@ -59,6 +71,10 @@ def pack(coords: Tensor) -> Tensor:
             )
         if low[0] < 0 or high[0] >= 1 << FRAME_BITS:
             raise ValueError(f"frame indices span {low[0]} to {high[0]}; expected 0 to {(1 << FRAME_BITS) - 1}")
+    return _interleave(c)
+
+
+def _interleave(c: Tensor) -> Tensor:
     x, y, z = (_spread(c[:, i] + BIAS) for i in (1, 2, 3))
     return c[:, 0] << (3 * AXIS_BITS) | x << 2 | y << 1 | z
 
@@ -106,6 +122,23 @@ def _starts(counts: Tensor) -> Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
+def axis_masks(level: int) -> tuple[int, int, int]:
+    """The bits of x, y and z in a key of a level."""
+    z = sum(1 << (3 * i) for i in range(AXIS_BITS - level))
+    return z << 2, z << 1, z
+
+
+def _steps(keys: Tensor, mask: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The bits of one axis after a step of -1, 0, +1; all ones where the step leaves the grid, which no key matches.
+
+    Adding one to interleaved bits: fill the gaps with ones so that the carry runs through them; subtracting leaves them zero.
+    """
+    one, here = mask & -mask, keys & mask
+    back = torch.where(here == 0, -1, (here - one) & mask)
+    ahead = torch.where(here == mask, -1, ((keys | ~mask) + one) & mask)
+    return back, here, ahead
+
+
 def submanifold_map(keys: Tensor, level: int) -> KernelMap:
     """Pairs of a 3x3x3 convolution whose outputs are its inputs.
 
@@ -114,15 +147,14 @@ def submanifold_map(keys: Tensor, level: int) -> KernelMap:
     Args:
         keys: (N,) int64, sorted and unique, of one level.
     """
-    n, bits = len(keys), AXIS_BITS - level
-    frame = keys >> (3 * bits) << (3 * bits)
-    axis = [_compact(keys >> s) & ((1 << bits) - 1) for s in (2, 1, 0)]
-    # A step off the grid (-1 or 2**bits) spreads into bits that no key of this level has, so it finds nothing.
-    step = [[_spread(a + d) << s for d in (-1, 0, 1)] for a, s in zip(axis, (2, 1, 0), strict=True)]
+    n = len(keys)
+    xs, ys, zs = (_steps(keys, mask) for mask in axis_masks(level))
+    frame = keys >> (3 * (AXIS_BITS - level)) << (3 * (AXIS_BITS - level))
+    plane = [frame | x for x in xs]
     row = torch.full((27, n), -1, dtype=torch.int64, device=keys.device)
     row[13] = torch.arange(n, device=keys.device)
     for k in range(13):  # offset 26-k is the mirror image of k: one search serves both
-        wanted = frame | step[0][k // 9] | step[1][k // 3 % 3] | step[2][k % 3]
+        wanted = plane[k // 9] | ys[k // 3 % 3] | zs[k % 3]
         found = torch.searchsorted(keys, wanted).clamp_(max=max(n - 1, 0))
         p = (keys[found] == wanted).nonzero().squeeze(1)
         i = found[p]
@@ -171,15 +203,16 @@ class Pyramid:
     """
 
     def __init__(self, coords: Tensor, levels: int = 7) -> None:
-        if coords.ndim != 2 or coords.shape[1] != 4 or coords.is_floating_point():
-            raise ValueError(f"coords must be (N, 4) integers b, x, y, z; found {tuple(coords.shape)} {coords.dtype}")
+        check_coords(coords)
         with torch.no_grad():
             keys, self.order = torch.sort(pack(coords), stable=True)
             keys, voxel, counts = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)
             self.voxel = torch.empty_like(self.order)
             self.voxel[self.order] = voxel
             self.start = _starts(counts)
-            self.keys, self.same, self.down = [keys], [submanifold_map(keys, 0)], []
+            self.keys = [keys]
+            self.same: list[Any] = [submanifold_map(keys, 0)]  # Any: `hash.SlotMap` in the subclass
+            self.down: list[Any] = []
             for level in range(1, levels):
                 keys, down = strided_map(keys)
                 self.keys.append(keys)

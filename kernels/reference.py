@@ -122,6 +122,25 @@ def voxel_to_point(x: Tensor, pyramid: Pyramid) -> Tensor:
     return _VoxelToPoint.apply(x, pyramid)
 
 
+class _SelectRows(torch.autograd.Function):
+    """`x[index]`, with a gradient that adds up in a fixed order on a GPU too, where PyTorch's own would use atomics."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.rows = len(x)
+        ctx.save_for_backward(index)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        if not grad.is_cuda:
+            return grad.new_zeros(ctx.rows, grad.shape[1]).index_add_(0, index, grad), None
+        count = index.new_zeros(ctx.rows).scatter_add_(0, index, torch.ones_like(index))
+        start = torch.cat([count.new_zeros(1), count.cumsum(0)])
+        return segment_sum(grad, torch.argsort(index, stable=True), start), None
+
+
 def pixel_to_point(x: Tensor, frame: Tensor, pixel: Tensor) -> Tensor:
     """Features of the pixel that each point projects to (nearest pixel, no interpolation).
 
@@ -132,4 +151,4 @@ def pixel_to_point(x: Tensor, frame: Tensor, pixel: Tensor) -> Tensor:
     """
     b, c, h, w = x.shape
     flat = x.permute(0, 2, 3, 1).reshape(b * h * w, c)  # free when x is channels-last
-    return flat.index_select(0, (frame * h + pixel[:, 0]) * w + pixel[:, 1])
+    return _SelectRows.apply(flat, (frame * h + pixel[:, 0]) * w + pixel[:, 1])

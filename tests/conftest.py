@@ -1,12 +1,17 @@
-"""A tiny street world and its folders, made once for all tests."""
+"""A tiny street world and its folders, made once for all tests; Triton's interpreter where there is no GPU."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from ftdpp import synth
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 
 FRAMES = {"source": 4, "target": 4, "val": 2, "test": 2}
 

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ftdpp import data, evaluate, losses, train
+from ftdpp import data, evaluate, kernels, losses, train
 from ftdpp.kernels import Pyramid, sparse_conv, voxel_mean
 from ftdpp.models import CrossModal, SparseBatchNorm, UNet3D, convert_released, released_name
 
@@ -362,7 +362,8 @@ def test_voxel_mean(sparse: dict[str, Tensor]) -> None:
     close(x.grad, sparse["voxel_mean.grad_in"], 1e-6, "grad_in")
 
 
-def test_sparse_unet(sparse: dict[str, Tensor]) -> None:
+def golden_unet() -> tuple[UNet3D, dict[str, str], dict[str, Any]]:
+    """The network with the golden weights, our name of each released parameter, and the figures beside it."""
     meta = json.loads((GOLDEN / "sparse.json").read_text())
     ours_of = {name: released_name("3d", "net_3d." + name).removeprefix("net_3d.trunk.") for name in meta["state_dict"]}
     state = {}
@@ -375,7 +376,38 @@ def test_sparse_unet(sparse: dict[str, Tensor]) -> None:
     net = UNet3D()
     missing, unexpected = net.load_state_dict(converted, strict=False)
     assert not unexpected and all(k.endswith("num_batches_tracked") for k in missing)
+    return net, ours_of, meta
 
+
+def test_sparse_unet_by_triton_on_a_crop(sparse: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All seven levels with the golden weights on the real points around one of them: Triton equals the reference above.
+
+    On a GPU the crop is the whole input.
+    """
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    net, _, _ = golden_unet()
+    coords, feat, grad = sparse["points.coords"][:, [3, 0, 1, 2]], sparse["unet.in"], sparse["unet.grad_out"]
+    if device == "cpu":
+        near = (coords - coords[len(coords) // 2]).abs().sum(1).argsort()[:100]
+        coords, feat, grad = coords[near], feat[near], grad[near]
+    found = []
+    for where, choice in (("cpu", "torch"), (device, "triton")):
+        monkeypatch.setenv("FTD_KERNELS", choice)
+        net = net.to(where)
+        net.zero_grad()
+        pyramid = kernels.pyramid(coords.to(where))
+        out = net.eval()(feat.to(where), pyramid)
+        out.backward(grad.to(where))
+        found.append({"out": out.detach().cpu(), **{n: p.grad.cpu() for n, p in net.named_parameters() if p.grad is not None}})
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        if value.any():
+            close(found[1][name], value, 1e-3, name)
+
+
+def test_sparse_unet(sparse: dict[str, Tensor]) -> None:
+    net, ours_of, meta = golden_unet()
     pyramid = Pyramid(sparse["points.coords"][:, [3, 0, 1, 2]])
     x = sparse["unet.in"].clone().requires_grad_()
     with torch.no_grad():

@@ -181,7 +181,25 @@ def test_order_of_points_does_not_matter() -> None:
     assert torch.equal(a.same[0].pair_in, b.same[0].pair_in)
 
 
-def test_backend_says_why() -> None:
-    name, why = kernels.backend()
-    assert name == "torch"
-    assert "torch-scatter" in why
+def test_neighbours_do_not_wrap_around_the_grid() -> None:
+    """Voxels at opposite edges of the key's range are no neighbours, on any level."""
+    far = 2**15 - 2
+    coords = torch.tensor([[0, x, y, z] for x in (-far, far) for y in (-far, far) for z in (-far, far)])
+    for level, same in enumerate(Pyramid(coords, 7).same):
+        assert len(same.pair_in) == 8, level
+
+
+def test_backend_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FTD_KERNELS", "TRITON_INTERPRET"):
+        monkeypatch.delenv(name, raising=False)
+    assert kernels.backend("cpu")[0] == "torch"
+    assert "torch-scatter" in kernels.backend("cpu")[1]
+    assert kernels.backend("cuda")[0] == "triton"
+    monkeypatch.setenv("FTD_KERNELS", "torch")
+    assert kernels.backend("cuda") == ("torch", "FTD_KERNELS=torch")
+    monkeypatch.setenv("FTD_KERNELS", "triton")
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        kernels.backend("cpu")
+    monkeypatch.setenv("FTD_KERNELS", "cuda")
+    with pytest.raises(ValueError, match="expected torch or triton"):
+        kernels.backend("cpu")

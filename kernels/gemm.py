@@ -1,0 +1,190 @@
+"""Sparse convolution in two Triton kernels: a gather-GEMM for the output and the input gradient, and the weight gradient.
+
+    y[o]  = sum over offsets k of x[idx[k, o]] @ w[k]            gather_gemm
+    dx[i] = the same with w[k] transposed on the map backwards   gather_gemm
+    dw[k] = sum over the pairs (i, o) of k of x[i]^T dy[o]       weight_gradient
+
+Storage is fp32, fp16 or bf16, sums are fp32. Each output is written by one program in one order of addition, so results
+repeat to the bit. fp32 products use tf32 where `torch.set_float32_matmul_precision` allows it, as torch.mm does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ftdpp.kernels.hash import SlotMap
+
+ANY_SIZE = ["count", "columns", "flip", "splits"]
+# An index is fetched, then the row it names, then they are multiplied: with 5 stages two rows are on their way, with 3 or 4 one
+# (shared memory in bench/kernels.csv).
+STAGES = 5
+FUSION = {"enable_fp_fusion": True}  # a product and a sum in one instruction; Triton 3.9 warns when this is left open
+
+
+@triton.jit
+def _count_bits(v):
+    v = v - ((v >> 1) & 0x55555555)
+    v = (v & 0x33333333) + ((v >> 2) & 0x33333333)
+    v = (v + (v >> 4)) & 0x0F0F0F0F
+    return (v * 0x01010101) >> 24
+
+
+@triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit(do_not_specialize=ANY_SIZE)
+def gather_gemm(
+    x, w, y, idx, row, mask, cin, cout, wk, wi, wo, count, columns, flip,
+    BM: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`y[row[p]] = sum over k of x[idx[k, p]] @ w[|flip - k|]` for the slots p < count.
+
+    x (N_in, cin), y (N_out, cout), one dtype; w by its strides wk, wi, wo, so a transposed view serves the input gradient,
+    and flip = K - 1 runs the offsets backwards; idx (K, columns) int32, row and mask int32. Grid: (count / BM, cout / BO).
+    2 cin cout FLOP a pair; a row of x and of y is cin or cout numbers, w stays in the cache.
+
+    A block walks the offsets that any of its slots has, in one counted loop: a branch around the loads would keep the
+    compiler from fetching the next rows while it multiplies these.
+    """
+    p = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    live = p < count
+    left = tl.reduce(tl.load(mask + p, mask=live, other=0), 0, _either)  # offsets still to come
+    o = tl.program_id(1) * BO + tl.arange(0, BO)
+    in_o = o < cout
+    chunks = tl.cdiv(cin, BK)
+    acc = tl.zeros((BM, BO), tl.float32)
+    chunk = 0
+    for _ in range(_count_bits(left) * chunks):
+        k = ((left & -left).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127  # lowest bit, from a float's exponent
+        c = chunk * BK + tl.arange(0, BK)
+        in_c = c < cin
+        i = tl.load(idx + k.to(tl.int64) * columns + p, mask=live, other=-1).to(tl.int64)
+        a = tl.load(x + i[:, None] * cin + c[None, :], mask=(i >= 0)[:, None] & in_c[None, :], other=0.0)
+        b = tl.load(w + tl.abs(flip - k) * wk + c[:, None] * wi + o[None, :] * wo, mask=in_c[:, None] & in_o[None, :], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        chunk += 1
+        left = tl.where(chunk == chunks, left & (left - 1), left)
+        chunk = tl.where(chunk == chunks, 0, chunk)
+    out = tl.load(row + p, mask=live, other=0).to(tl.int64)
+    tl.store(y + out[:, None] * cout + o[None, :], acc.to(y.dtype.element_ty), mask=live[:, None] & in_o[None, :])
+
+
+@triton.jit(do_not_specialize=ANY_SIZE)
+def weight_gradient(
+    x, dy, part, pair_in, pair_out, first, last, cin, cout, splits,
+    BP: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`part[s, k] = sum of x[pair_in[j]]^T dy[pair_out[j]]` over the s-th share of the pairs first[k] <= j < last[k].
+
+    x (N_in, cin), dy (N_out, cout), one dtype; part (splits, K, cin, cout) fp32; pairs int32, first and last (K,) int64.
+    Grid: (K, splits, cin / BI * cout / BO). 2 cin cout FLOP and a row of x and of dy a pair.
+    """
+    k, s = tl.program_id(0), tl.program_id(1)
+    across = tl.cdiv(cout, BO)
+    ci = tl.program_id(2) // across * BI + tl.arange(0, BI)
+    co = tl.program_id(2) % across * BO + tl.arange(0, BO)
+    in_i, in_o = ci < cin, co < cout
+    begin, end = tl.load(first + k), tl.load(last + k)
+    share = tl.cdiv(tl.cdiv(end - begin, splits), BP) * BP
+    begin += s * share
+    end = tl.minimum(begin + share, end)
+    acc = tl.zeros((BI, BO), tl.float32)
+    for at in range(begin, end, BP):
+        j = at + tl.arange(0, BP)
+        live = j < end
+        i = tl.load(pair_in + j, mask=live, other=0).to(tl.int64)
+        q = tl.load(pair_out + j, mask=live, other=0).to(tl.int64)
+        a = tl.load(x + i[None, :] * cin + ci[:, None], mask=live[None, :] & in_i[:, None], other=0.0)
+        b = tl.load(dy + q[:, None] * cout + co[None, :], mask=live[:, None] & in_o[None, :], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    to = part + ((s * tl.num_programs(0) + k).to(tl.int64) * cin + ci[:, None]) * cout + co[None, :]
+    tl.store(to, acc, mask=in_i[:, None] & in_o[None, :])
+
+
+def _side(channels: int) -> int:
+    """Side of a tile across a number of channels. A table of the shape, never of the number of voxels, which always changes."""
+    return 16 if channels <= 16 else 32 if channels <= 32 or channels % 64 == 32 else 64
+
+
+def gemm_blocks(cin: int, cout: int) -> dict[str, int]:
+    """Tile sizes and pipeline of `gather_gemm`."""
+    return {"BM": 64, "BK": min(_side(cin), 32), "BO": _side(cout), "num_warps": 4, "num_stages": STAGES, **FUSION}
+
+
+def gradient_blocks(cin: int, cout: int) -> dict[str, int]:
+    """Tile sizes and pipeline of `weight_gradient`."""
+    return {"BP": 32, "BI": _side(cin), "BO": _side(cout), "num_warps": 4, "num_stages": STAGES, **FUSION}
+
+
+def _precision() -> str:
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _convolve(x: Tensor, weight: Tensor, m: SlotMap, flip: int) -> Tensor:
+    y = x.new_empty(m.n_out, weight.shape[2])
+    if m.n_out:
+        blocks = gemm_blocks(*weight.shape[1:])
+        grid = (triton.cdiv(m.n_out, blocks["BM"]), triton.cdiv(weight.shape[2], blocks["BO"]))
+        gather_gemm[grid](
+            x, weight, y, m.idx, m.row, m.mask, *weight.shape[1:], *weight.stride(), m.n_out, m.idx.stride(0), flip,
+            PRECISION=_precision(), **blocks,
+        )  # fmt: skip
+    return y
+
+
+def _gradient(x: Tensor, grad: Tensor, m: SlotMap, offsets: int) -> Tensor:
+    cin, cout = x.shape[1], grad.shape[1]
+    blocks = gradient_blocks(cin, cout)
+    splits = min(max(m.n_out // 1024, 1), 32)  # of the sizes alone, so that the order of addition is fixed
+    part = torch.empty(splits, offsets, cin, cout, device=x.device)
+    tiles = triton.cdiv(cin, blocks["BI"]) * triton.cdiv(cout, blocks["BO"])
+    weight_gradient[(offsets, splits, tiles)](
+        x, grad, part, m.pair_in, m.pair_out, m.first, m.last, cin, cout, splits, PRECISION=_precision(), **blocks
+    )
+    return part.sum(0)
+
+
+class _SparseConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, m: SlotMap) -> Tensor:
+        x = x.contiguous()
+        ctx.map = m
+        ctx.save_for_backward(x, weight)
+        return _convolve(x, weight, m, 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        m: SlotMap = ctx.map
+        grad, grad_x, grad_w = grad.contiguous(), None, None
+        if ctx.needs_input_grad[0]:
+            back, flip = (m, len(weight) - 1) if m.back is None else (m.back, 0)
+            grad_x = _convolve(grad, weight.transpose(1, 2), back, flip)
+        if ctx.needs_input_grad[1]:
+            grad_w = _gradient(x, grad, m, len(weight)).to(weight.dtype)
+        return grad_x, grad_w, None
+
+
+def sparse_conv(x: Tensor, weight: Tensor, m: SlotMap) -> Tensor:
+    """`reference.sparse_conv` by Triton; under autocast in its dtype.
+
+    Raises:
+        ValueError: when the shapes do not fit the map, or the dtypes differ or are not fp32, fp16 or bf16.
+    """
+    if x.shape != (m.n_in, weight.shape[1]) or len(weight) != len(m.idx):
+        raise ValueError(
+            f"sparse_conv: input {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit a map of "
+            f"{m.n_in} input voxels and {len(m.idx)} offsets"
+        )
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
+    if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"sparse_conv: input {x.dtype} and weight {weight.dtype}; expected fp32, fp16 or bf16, both the same")
+    return _SparseConv.apply(x, weight, m)

@@ -1,0 +1,257 @@
+"""The pyramid on a GPU: one hash table of the voxels of all levels, and every kernel map read from it.
+
+One sort of the points, one insertion, one look-up kernel for all levels, and one synchronisation with the host (how many voxels
+each level has). The voxels of all levels form one list, finest level first; `base[l]` is where level l begins.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ftdpp.kernels.maps import Pyramid, axis_masks, check_coords, pack
+
+BLOCK = 128
+TAG = 3  # bits below a key that hold its level
+ANY_SIZE = ["count", "size"]  # a kernel is compiled once, not again for each size
+
+
+@dataclass(frozen=True)
+class SlotMap:
+    """The pairs of one sparse convolution with K offsets, ordered for the two GEMM kernels.
+
+    idx: (K, n_out) int32, the input row that a slot's output meets under each offset, -1 where there is none.
+    row: (n_out,) int32, output row of a slot. Slots are the outputs in the order of their masks, so that a block of slots
+        shares most of its offsets and the others can be skipped; on LiDAR batches this halves the padding.
+    mask: (n_out,) int32, bit k set where idx[k] is there.
+    pair_in, pair_out: int32 lists of the same pairs, offset by offset; those of offset k are `first[k]:last[k]`.
+    back: the map of the input gradient; None: this one with its offsets in reverse order, as in a submanifold convolution.
+    """
+
+    idx: Tensor
+    row: Tensor
+    mask: Tensor
+    pair_in: Tensor
+    pair_out: Tensor
+    first: Tensor
+    last: Tensor
+    n_in: int
+    n_out: int
+    back: SlotMap | None = None
+
+    @property
+    def transposed(self) -> SlotMap:
+        """The map of the inverse convolution: input and output exchanged, the same weight index for each pair."""
+        assert self.back is not None, "a submanifold convolution is its own inverse map"
+        return replace(self.back, back=replace(self, back=None))
+
+
+@triton.jit
+def _place(key, size):
+    """Where the search for a key begins in a table of 2^n entries: a multiplicative hash, its upper bits folded in."""
+    h = key * 0x9E3779B97F4A7C1
+    return (h ^ (h >> 31)) & (size - 1)
+
+
+@triton.jit(do_not_specialize=ANY_SIZE)
+def hash_insert(keys, table_key, table_row, count, size, BLOCK: tl.constexpr):
+    """Enter `keys[i] -> i`: from a key's place on, the first free entry is taken by compare-and-swap.
+
+    keys (count,) int64, each once, none negative; table_key (size + BLOCK,) int64 filled with -1; table_row (size,) int32.
+    Grid: count / BLOCK. A swap takes no mask, so a lane that is done swaps in the BLOCK entries behind the table.
+    Bytes: about 8 read and 12 written a key, at random places.
+    """
+    lane = tl.arange(0, BLOCK)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + lane
+    todo = i < count
+    key = tl.load(keys + i, mask=todo, other=0)
+    at = _place(key, size)
+    while tl.max(todo.to(tl.int32), 0) > 0:
+        free = tl.full([BLOCK], -1, tl.int64)
+        found = tl.atomic_cas(table_key + tl.where(todo, at, size + lane), free, key)
+        tl.store(table_row + at, i.to(tl.int32), mask=todo & (found == -1))
+        todo = todo & (found != -1)
+        at = (at + 1) & (size - 1)
+
+
+@triton.jit
+def _find(key, wanted, table_key, table_row, size, BLOCK: tl.constexpr):
+    """Row of each wanted key, -1 where the table does not have it."""
+    at = _place(key, size)
+    row = tl.full([BLOCK], -1, tl.int32)
+    todo = wanted
+    while tl.max(todo.to(tl.int32), 0) > 0:
+        found = tl.load(table_key + at, mask=todo, other=-1)
+        hit = todo & (found == key)
+        row = tl.where(hit, tl.load(table_row + at, mask=hit, other=-1), row)
+        todo = todo & (found != key) & (found != -1)
+        at = (at + 1) & (size - 1)
+    return row
+
+
+@triton.jit
+def _step(here, axis, d):
+    """The bits of one axis after a step d of -1, 0, +1, and whether it stays on the grid. See `maps._steps`."""
+    one = axis & -axis
+    moved = tl.where(d < 0, (here - one) & axis, tl.where(d > 0, ((here | ~axis) + one) & axis, here))
+    return moved, ((d >= 0) | (here != 0)) & ((d <= 0) | (here != axis))
+
+
+@triton.jit(do_not_specialize=ANY_SIZE)
+def find_neighbours(keys, base, axes, table_key, table_row, idx, mask, count, size, BLOCK: tl.constexpr):
+    """The 27 neighbours of every voxel of every level.
+
+    Offset k = (dx+1)*9 + (dy+1)*3 + (dz+1): idx[k, v] is the row, within its level, of the voxel at coords[v] + d_k.
+    keys (count,) int64, level in the low bits; base int64, first voxel of each level; axes (levels, 3) int64, the bits of
+    x, y, z in a key; idx (27, count) int32, mask (count,) int32. Grid: count / BLOCK.
+    Bytes: 8 read and 112 written a voxel, 27 look-ups of 8 to 12 at random places.
+    """
+    v = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = v < count
+    key = tl.load(keys + v, mask=live, other=0)
+    level = key & 7
+    start = tl.load(base + level, mask=live, other=0)
+    x = tl.load(axes + level * 3, mask=live, other=1)
+    y = tl.load(axes + level * 3 + 1, mask=live, other=1)
+    z = tl.load(axes + level * 3 + 2, mask=live, other=1)
+    rest = key & ~(x | y | z)  # frame and level
+    bits = tl.zeros([BLOCK], tl.int32)
+    cells = idx + v
+    for k in range(27):
+        px, on_x = _step(key & x, x, k // 9 - 1)
+        py, on_y = _step(key & y, y, k // 3 % 3 - 1)
+        pz, on_z = _step(key & z, z, k % 3 - 1)
+        found = _find(rest | px | py | pz, live & on_x & on_y & on_z, table_key, table_row, size, BLOCK)
+        tl.store(cells, tl.where(found >= 0, found - start, -1).to(tl.int32), mask=live)
+        bits = bits | ((found >= 0).to(tl.int32) << k)
+        cells += count
+    tl.store(mask + v, bits, mask=live)
+
+
+@triton.jit(do_not_specialize=ANY_SIZE)
+def list_pairs(idx, row, place, pair_in, pair_out, count, size, BLOCK: tl.constexpr):
+    """The entries of idx that are there, as lists: pair place[j] - 1 is (idx[j], row of the slot of j).
+
+    idx (size,) int32, flattened (K, count); row (count,) int32; place (size,) int64, running number of entries that are there.
+    Grid: size / BLOCK. Bytes: 16 read an entry, 8 written a pair.
+    """
+    j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.load(idx + j, mask=j < size, other=-1)
+    there = i >= 0
+    to = tl.load(place + j, mask=there, other=1) - 1
+    tl.store(pair_in + to, i, mask=there)
+    tl.store(pair_out + to, tl.load(row + j % count, mask=there, other=0), mask=there)
+
+
+def hash_table(keys: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Table of (N,) int64 keys, at most half full: its keys (size + BLOCK,), its rows (size,) int32, its size."""
+    size = 1 << (2 * len(keys)).bit_length()
+    table_key = keys.new_full((size + BLOCK,), -1)
+    table_row = torch.empty(size, dtype=torch.int32, device=keys.device)
+    if len(keys):
+        hash_insert[(triton.cdiv(len(keys), BLOCK),)](keys, table_key, table_row, len(keys), size, BLOCK=BLOCK)
+    return table_key, table_row, size
+
+
+def _starts(member: Tensor, groups: int) -> Tensor:
+    """(groups + 1,) int64: where each group begins when the members lie sorted. (`bincount` would wait for the GPU.)"""
+    counts = member.new_zeros(groups).scatter_add_(0, member, torch.ones_like(member))
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+@functools.cache
+def _axes(levels: int, device: torch.device) -> Tensor:
+    """(levels, 3) int64: the bits of x, y, z in a tagged key of each level."""
+    return torch.tensor([[m << TAG for m in axis_masks(level)] for level in range(levels)], device=device)
+
+
+def _submanifold(keys: Tensor, base: Tensor, sizes: list[int]) -> list[SlotMap]:
+    """Maps of the 3x3x3 convolutions of all levels. keys (total,) with their level below; base (levels + 1,)."""
+    total, levels, device = len(keys), len(sizes) - 1, keys.device
+    axes = _axes(levels, device)
+    idx = torch.empty(27, total, dtype=torch.int32, device=device)
+    mask = torch.empty(total, dtype=torch.int32, device=device)
+    if total:
+        table = hash_table(keys)
+        find_neighbours[(triton.cdiv(total, BLOCK),)](keys, base, axes, *table[:2], idx, mask, total, table[2], BLOCK=BLOCK)
+    order = torch.argsort((keys & 7) << 27 | mask, stable=True)
+    idx, mask = idx[:, order], mask[order]
+    row = (order - base[keys & 7]).int()  # the order keeps levels together, so that keys & 7 is sorted already
+    place = (idx >= 0).flatten().cumsum(0)
+    pair_in, pair_out = torch.empty(2, 27 * total, dtype=torch.int32, device=device)
+    if total:
+        list_pairs[(triton.cdiv(27 * total, BLOCK),)](idx, row, place, pair_in, pair_out, total, 27 * total, BLOCK=BLOCK)
+    before = torch.cat([place.new_zeros(1), place])
+    seg = before[(torch.arange(27, device=device) * total)[:, None] + base]  # (27, levels + 1)
+    seg = seg.t().contiguous()
+    return [
+        SlotMap(idx[:, a:b], row[a:b], mask[a:b], pair_in, pair_out, seg[level], seg[level + 1], b - a, b - a)
+        for level, (a, b) in enumerate(pairwise(sizes))
+    ]
+
+
+def _strided(keys: Tensor, parent: Tensor, base: Tensor, sizes: list[int]) -> list[SlotMap]:
+    """Maps of the 2x2x2 convolutions between neighbouring levels; parent (sizes[-2],) row of each voxel's parent."""
+    fine, device, levels = sizes[-2], keys.device, len(sizes) - 1
+    coarse = sizes[-1] - sizes[1]  # the voxels of levels 1 and up
+    level, octant = keys[:fine] & 7, keys[:fine] >> TAG & 7
+    child = torch.arange(fine, device=device) - base[level]
+    column = base[level + 1] - sizes[1] + parent
+
+    # Down: a parent meets up to eight children.
+    idx = torch.full((8, coarse), -1, dtype=torch.int32, device=device)
+    idx.view(-1)[octant * coarse + column] = child.int()
+    mask = ((idx >= 0).int() << torch.arange(8, device=device, dtype=torch.int32)[:, None]).sum(0)
+    above = keys[sizes[1] :] & 7
+    order = torch.argsort(above << 8 | mask, stable=True)
+    down = idx[:, order], (order + sizes[1] - base[above]).int(), mask[order].int()
+
+    # Up: a child meets its one parent, under its octant. In this order the slots are the list of pairs, too.
+    order = torch.argsort(level << 3 | octant, stable=True)
+    pair_in, pair_out = child[order].int(), parent[order].int()
+    idx = torch.full((8, fine), -1, dtype=torch.int32, device=device)
+    idx.view(-1)[octant[order] * fine + torch.arange(fine, device=device)] = pair_out
+    up = idx, pair_in, (1 << octant[order]).int()
+    seg = _starts(level << 3 | octant, 8 * (levels - 1))
+
+    maps = []
+    for n in range(levels - 1):
+        (a, b, c), lists = sizes[n : n + 3], (seg[8 * n : 8 * n + 8], seg[8 * n + 1 : 8 * n + 9])
+        col = slice(b - sizes[1], c - sizes[1])
+        inverse = SlotMap(up[0][:, a:b], up[1][a:b], up[2][a:b], pair_out, pair_in, *lists, c - b, b - a)
+        maps.append(SlotMap(down[0][:, col], down[1][col], down[2][col], pair_in, pair_out, *lists, b - a, c - b, inverse))
+    return maps
+
+
+class HashPyramid(Pyramid):
+    """`maps.Pyramid` by Triton: the same voxels in the same order and the same pairs, as `SlotMap`s."""
+
+    def __init__(self, coords: Tensor, levels: int = 7) -> None:
+        check_coords(coords)
+        if levels > 1 << TAG:
+            raise ValueError(f"a pyramid has at most {1 << TAG} levels; found {levels}")
+        keys, self.order = torch.sort(pack(coords), stable=True)
+        depth = torch.arange(levels, device=keys.device)
+        at_level = keys >> (3 * depth)[:, None]  # (levels, N), each row sorted
+        new = torch.ones_like(at_level, dtype=torch.bool)
+        new[:, 1:] = at_level[:, 1:] != at_level[:, :-1]
+        base = torch.cat([depth[:1], new.sum(1).cumsum(0)])
+        sizes = base.tolist()  # the one synchronisation
+        voxel = (new.flatten().cumsum(0) - 1).view(levels, -1)  # of each point on each level, in the list of all voxels
+        # Points of one voxel write the same value, so it does not matter which of them comes last.
+        tagged = torch.empty(sizes[-1], dtype=torch.int64, device=keys.device)
+        tagged[voxel] = at_level << TAG | depth[:, None]
+        parent = torch.empty(sizes[-2], dtype=torch.int64, device=keys.device)
+        parent[voxel[:-1]] = voxel[1:] - base[1:-1, None]
+        self.voxel = torch.empty_like(self.order)
+        self.voxel[self.order] = voxel[0]
+        self.start = _starts(voxel[0], sizes[1])
+        self.keys = [tagged[a:b] >> TAG for a, b in pairwise(sizes)]
+        self.same = _submanifold(tagged, base, sizes)
+        self.down = _strided(tagged, parent, base, sizes)

@@ -1,0 +1,219 @@
+"""The Triton kernels against the plain-PyTorch reference in float64: on a GPU where there is one, else in Triton's interpreter.
+
+bf16 is left to a GPU: `tl.dot` in bf16 is wrong in the interpreter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+
+from ftdpp import kernels  # noqa: E402
+from ftdpp.kernels import Pyramid, gemm, hash, reference  # noqa: E402
+from ftdpp.models import UNet3D  # noqa: E402
+
+SIZES = [1, 2, 63, 97, 150]
+CHANNELS = [(1, 16), (24, 48), (112, 16)]  # the input gradient runs each the other way round, too
+
+
+def cloud(n: int, size: int = 7, frames: int = 2, low: int = -3) -> Tensor:
+    g = torch.Generator().manual_seed(n)
+    return torch.cat([torch.randint(0, frames, (n, 1), generator=g), torch.randint(low, low + size, (n, 3), generator=g)], 1)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every buffer the kernels write into starts as NaN, or as an index that is far outside; a cell left unwritten shows."""
+
+    def poison(t: Tensor) -> Tensor:
+        return t.fill_(float("nan") if t.is_floating_point() else torch.iinfo(t.dtype).max // 2)
+
+    new_empty, empty = Tensor.new_empty, torch.empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda self, *a, **k: poison(new_empty(self, *a, **k)))
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+
+
+def maps_of(p: Pyramid) -> dict[str, Any]:
+    last = len(p.down) - 1
+    return {"submanifold": p.same[1], "strided": p.down[last], "inverse": p.down[last].transposed}
+
+
+def assert_close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
+    assert found.isfinite().all()
+    scale = wanted.abs().max().clamp(min=1e-9) if wanted.numel() else 1.0
+    assert ((found.cpu().double() - wanted).abs() / scale).max() <= tolerance if wanted.numel() else found.shape == wanted.shape
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_pyramid_equals_the_reference(n: int) -> None:
+    """Voxels, their order, points, and every pair of every map, which test_kernels.py holds against their definition."""
+    ours, theirs = hash.HashPyramid(cloud(n).to(DEVICE), 7), Pyramid(cloud(n), 7)
+    mine, wanted_rows = ((p.voxel, p.start, p.order, *p.keys) for p in (ours, theirs))
+    for a, b in zip(mine, wanted_rows, strict=True):
+        assert torch.equal(a.cpu(), b)
+    assert torch.equal(ours.coords(2).cpu(), theirs.coords(2))
+    down = [(a.transposed, b.transposed) for a, b in zip(ours.down, theirs.down, strict=True)]
+    for a, b in (*zip(ours.same, theirs.same, strict=True), *zip(ours.down, theirs.down, strict=True), *down):
+        wanted = set(zip(offsets_of(b.seg), b.pair_in.tolist(), b.pair_out.tolist(), strict=True))
+        idx, row, mask = a.idx.cpu(), a.row.cpu(), a.mask.cpu()
+        assert sorted(row.tolist()) == list(range(a.n_out))
+        k, slot = (idx >= 0).nonzero(as_tuple=True)
+        assert set(zip(k.tolist(), idx[k, slot].tolist(), row[slot].tolist(), strict=True)) == wanted
+        assert torch.equal(mask, ((idx >= 0).int() << torch.arange(len(idx))[:, None]).sum(0).int())
+        assert (mask.diff() >= 0).all(), "slots lie in the order of their masks"
+        listed = [
+            (k, a.pair_in[j].item(), a.pair_out[j].item())
+            for k, (first, last) in enumerate(zip(a.first.tolist(), a.last.tolist(), strict=True))
+            for j in range(first, last)
+        ]
+        assert len(listed) == len(wanted)
+        assert set(listed) == wanted
+
+
+def offsets_of(seg: list[int]) -> list[int]:
+    return [k for k in range(len(seg) - 1) for _ in range(seg[k], seg[k + 1])]
+
+
+def test_neighbours_do_not_wrap_around_the_grid() -> None:
+    far = 2**15 - 2
+    coords = torch.tensor([[0, x, y, z] for x in (-far, far) for y in (-far, far) for z in (-far, far)])
+    for same in hash.HashPyramid(coords.to(DEVICE), 7).same:
+        assert (same.idx >= 0).sum() == 8
+
+
+def test_hash_table_holds_colliding_keys() -> None:
+    """Keys that all begin at the same place."""
+    keys = torch.arange(100000)
+    size = 1 << (200).bit_length()
+    h = keys * 0x9E3779B97F4A7C1
+    same_place = keys[((h ^ (h >> 31)) & (size - 1)) == 7][:100]
+    assert len(same_place) == 100
+    table_key, table_row, found_size = hash.hash_table(same_place.to(DEVICE))
+    assert found_size == size
+    rows = dict(zip(table_key[:size].tolist(), table_row.tolist(), strict=True))
+    assert {k: rows[k] for k in same_place.tolist()} == {k: i for i, k in enumerate(same_place.tolist())}
+
+
+@pytest.mark.parametrize(("cin", "cout"), CHANNELS)
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("kind", ["submanifold", "strided", "inverse"])
+def test_convolution_and_gradients(kind: str, n: int, cin: int, cout: int) -> None:
+    torch.manual_seed(n)
+    ours, theirs = maps_of(hash.HashPyramid(cloud(n).to(DEVICE), 3))[kind], maps_of(Pyramid(cloud(n), 3))[kind]
+    x, w = torch.randn(ours.n_in, cin), torch.randn(len(ours.idx), cin, cout)
+    check_convolution(x, w, ours, theirs, torch.float32, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])])
+@pytest.mark.parametrize("kind", ["submanifold", "strided", "inverse"])
+def test_convolution_in_half_precision(kind: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    ours, theirs = maps_of(hash.HashPyramid(cloud(97).to(DEVICE), 3))[kind], maps_of(Pyramid(cloud(97), 3))[kind]
+    x, w = torch.randn(ours.n_in, 24).to(dtype).float(), torch.randn(len(ours.idx), 24, 48).to(dtype).float()
+    check_convolution(x, w, ours, theirs, dtype, 2e-3 if dtype == torch.float16 else 1e-2)
+
+
+def check_convolution(x: Tensor, w: Tensor, ours: Any, theirs: Any, dtype: torch.dtype, tolerance: float) -> None:
+    exact = tuple(t.double().requires_grad_() for t in (x, w))
+    mine = tuple(t.to(DEVICE, dtype).requires_grad_() for t in (x, w))
+    wanted = kernels.sparse_conv(exact[0], exact[1], theirs)
+    found = kernels.sparse_conv(mine[0], mine[1], ours)
+    upstream = torch.randn(wanted.shape).to(dtype)
+    expected = torch.autograd.grad(wanted, exact, upstream.double())
+    for a, b in zip((found, *torch.autograd.grad(found, mine, upstream.to(DEVICE))), (wanted, *expected), strict=True):
+        assert a.dtype == dtype
+        assert_close(a, b, tolerance)
+    assert torch.equal(found, kernels.sparse_conv(mine[0], mine[1], ours)), "bitwise repeatable"
+
+
+def test_nothing_is_written_outside() -> None:
+    """Guard cells on both sides of the output and of the partial weight gradients keep their value."""
+    p = hash.HashPyramid(cloud(97).to(DEVICE), 2)
+    m, cin, cout = p.same[0], 24, 40
+    x, w = torch.randn(m.n_in, cin, device=DEVICE), torch.randn(27, cin, cout, device=DEVICE)
+    guarded = torch.full((m.n_out + 128, cout), 7.0, device=DEVICE)
+    y = guarded[64 : 64 + m.n_out]
+    blocks = gemm.gemm_blocks(cin, cout)
+    grid = (-(-m.n_out // blocks["BM"]), -(-cout // blocks["BO"]))
+    sizes = (cin, cout, *w.stride(), m.n_out, m.idx.stride(0), 0)
+    gemm.gather_gemm[grid](x, w, y, m.idx, m.row, m.mask, *sizes, PRECISION="ieee", **blocks)
+    assert (guarded[:64] == 7).all()
+    assert (guarded[-64:] == 7).all()
+    assert torch.equal(y, kernels.sparse_conv(x, w, m))
+    part = torch.full((2 + 2, 27, cin, cout), 7.0, device=DEVICE)
+    blocks = gemm.gradient_blocks(cin, cout)
+    tiles = -(-cin // blocks["BI"]) * -(-cout // blocks["BO"])
+    gemm.weight_gradient[(27, 2, tiles)](
+        x, y, part[1:3], m.pair_in, m.pair_out, m.first, m.last, cin, cout, 2, PRECISION="ieee", **blocks
+    )
+    assert (part[0] == 7).all()
+    assert (part[3] == 7).all()
+    assert part[1:3].isfinite().all()
+
+
+def test_no_points() -> None:
+    p = hash.HashPyramid(torch.zeros(0, 4, dtype=torch.int32, device=DEVICE), 3)
+    assert [len(k) for k in p.keys] == [0, 0, 0]
+    for offsets, m in ((27, p.same[1]), (8, p.down[0]), (8, p.down[0].transposed)):
+        x = torch.zeros(0, 2, device=DEVICE, requires_grad=True)
+        w = torch.randn(offsets, 2, 3, device=DEVICE, requires_grad=True)
+        out = kernels.sparse_conv(x, w, m)
+        assert out.shape == (0, 3)
+        out.sum().backward()
+        assert w.grad is not None
+        assert not w.grad.any()
+
+
+def test_refusals() -> None:
+    p = hash.HashPyramid(cloud(9).to(DEVICE), 1)
+    x, w = torch.randn(p.same[0].n_in, 2, device=DEVICE), torch.randn(27, 2, 3, device=DEVICE)
+    for bad_x, bad_w in ((x[:-1], w), (x, w[:8])):
+        with pytest.raises(ValueError, match="do not fit a map"):
+            kernels.sparse_conv(bad_x, bad_w, p.same[0])
+    with pytest.raises(ValueError, match="expected fp32, fp16 or bf16"):
+        kernels.sparse_conv(x.double(), w.double(), p.same[0])
+    with pytest.raises(ValueError, match="both the same"):
+        kernels.sparse_conv(x.half(), w, p.same[0])
+    with pytest.raises(ValueError, match="at most 8 levels"):
+        hash.HashPyramid(cloud(9).to(DEVICE), 9)
+
+
+def test_whole_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sparse U-Net by Triton equals the same network by PyTorch: features and the gradient of every weight."""
+    torch.manual_seed(0)
+    coords, net = cloud(60, 5), UNet3D(16, 3).train()
+    feat = torch.randn(60, 1)
+    found = []
+    for choice in ("torch", "triton"):
+        monkeypatch.setenv("FTD_KERNELS", choice)
+        net = net.to(DEVICE if choice == "triton" else "cpu").float()
+        where = net.norm.weight.device
+        p = kernels.pyramid(coords.to(where), 3)
+        assert type(p) is (hash.HashPyramid if choice == "triton" else Pyramid)
+        net.zero_grad()
+        out = net(feat.to(where), p)
+        (out * torch.linspace(-1, 1, 16, device=where)).sum().backward()
+        found.append({"out": out.detach(), **{n: w.grad.clone() for n, w in net.named_parameters() if w.grad is not None}})
+    assert len(found[0]) == len(list(net.parameters())) + 1
+    for name, wanted in found[0].items():
+        assert_close(found[1][name], wanted.double(), 1e-3)
+
+
+@pytest.mark.parametrize("n", [0, 1, 50])
+def test_row_gradient_repeats(n: int) -> None:
+    """The gradient of reading pixels sums in a fixed order: on a GPU by runs, which must equal the scatter of the CPU."""
+    index = torch.randint(0, 20, (n,))
+    x, grad = torch.randn(20, 3, dtype=torch.float64, requires_grad=True), torch.randn(n, 3, dtype=torch.float64)
+    (wanted,) = torch.autograd.grad(x.index_select(0, index), x, grad)
+    count = torch.bincount(index, minlength=20)
+    start = torch.cat([count.new_zeros(1), count.cumsum(0)])
+    runs = reference.segment_sum(grad, torch.argsort(index, stable=True), start) if n else torch.zeros(20, 3).double()
+    assert torch.allclose(runs, wanted)
+    (ours,) = torch.autograd.grad(reference._SelectRows.apply(x, index), x, grad)
+    assert torch.allclose(ours, wanted)
