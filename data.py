@@ -931,22 +931,13 @@ def _jitter(image: Image.Image, strength: float, rng: np.random.Generator) -> Im
     return image
 
 
-def sample(
-    frame: Frame,
-    augment: Augment | None,
-    flip_axis: int,
-    rng: np.random.Generator,
-    scale: float = 20.0,
-    max_points: int | None = None,
-) -> Sample:
+def sample(frame: Frame, augment: Augment | None, flip_axis: int, rng: np.random.Generator, scale: float = 20.0) -> Sample:
     """Augments a frame and turns metres into voxels (`scale` voxels a metre); all chance comes from `rng`.
 
-    max_points: more points than this are thinned at random, before the crop. Points that leave the grid are dropped.
+    Points that leave the grid are dropped.
     Raises DataError if the crop does not fit. Source: the released code; the colour jitter comes after the crop.
     """
     keep = np.arange(len(frame.xyz))
-    if max_points is not None and len(keep) > max_points:
-        keep = np.sort(rng.choice(keep, max_points, replace=False))
     image, top, left = frame.image, 0, 0
     if augment is not None and augment.crop is not None:
         top, left, keep = _crop(frame, keep, augment.crop, rng)
@@ -1002,22 +993,17 @@ class Batch:
         return replace(self, **moved)
 
 
-def collate(samples: Sequence[Sample], pad_images: bool = False) -> Batch:
-    """Concatenates samples. Images of different sizes (KITTI without a crop) are refused with ValueError, unless
-    `pad_images` fills them with zeros at the right and the bottom (which changes BatchNorm's statistics)."""
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Concatenates samples. Raises ValueError for none, or for images of different sizes (KITTI without a crop)."""
     if not samples:
         raise ValueError("collate needs at least one sample, found none")
     sizes = {tuple(s.image.shape[1:]) for s in samples}
-    height, width = (max(size[i] for size in sizes) for i in (0, 1))
-    if len(sizes) > 1 and not pad_images:
+    if len(sizes) > 1:
         raise ValueError(f"images of different sizes {sorted(sizes)} in one batch: use batch size 1, or crop or resize")
-    image = torch.zeros(len(samples), 3, height, width)
-    for b, s in enumerate(samples):
-        image[b, :, : s.image.shape[1], : s.image.shape[2]] = s.image
     counts = [len(s.label) for s in samples]
     frame = torch.repeat_interleave(torch.arange(len(samples), dtype=torch.int32), torch.tensor(counts))
     return Batch(
-        image,
+        torch.stack([s.image for s in samples]),
         torch.cat([s.pixel for s in samples]),
         torch.cat([frame[:, None], torch.cat([s.coords for s in samples])], 1),
         torch.cat([s.label for s in samples]),

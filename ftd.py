@@ -44,6 +44,8 @@ Preset = Annotated[str | None, typer.Option(help="paper or small; default: paper
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Override a number of the recipe; repeatable.")
 ]
+SSDA = Annotated[bool, typer.Option("--ssda", help="Semi-supervised: some target scenes are labelled.")]
+Pretrained = Annotated[str | None, typer.Option(help="ImageNet weights of ResNet-34: a .pth file, or download.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if there is one.")]
 Workers = Annotated[int | None, typer.Option(help="Data loading processes; default: 0 on up to four cores.", min=0)]
 Checkpoint = Annotated[str, typer.Option(help="best (by validation mIoU) or last.")]
@@ -65,12 +67,13 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
         from ftdpp.checkpoint import RunError
         from ftdpp.data import DataError
+        from ftdpp.kernels import KernelError
         from ftdpp.losses import RecipeError
         from ftdpp.train import Interrupted, NonFiniteLoss
 
         try:
             command(*args, **kwargs)
-        except RecipeError as error:
+        except (RecipeError, KernelError) as error:
             raise _fail(error, USAGE) from None
         except RunError as error:
             raise _fail(error, FAILED) from None
@@ -163,6 +166,20 @@ def _sources(
     return made[0], made[1]
 
 
+def _check_pretrained(pretrained: str | None, r: Recipe) -> None:
+    from ftdpp import losses
+
+    if pretrained and r.width != 64:
+        raise losses.RecipeError("--pretrained: ImageNet weights fit a network of width 64 only; use --preset paper")
+    if pretrained and pretrained != "download" and not Path(pretrained).is_file():
+        raise losses.RecipeError(f"--pretrained {pretrained}: no such file; or --pretrained download")
+
+
+def _weights_fact(pretrained: str | None) -> tuple[str, str, str]:
+    why = "--pretrained" if pretrained else "none given; the paper starts from them"
+    return "ImageNet weights", pretrained or "none", why
+
+
 def _print_choices(
     console: Console, preset: tuple[str, str], device: tuple[Any, str], cache: tuple[Path, str], more: list[tuple[str, str, str]]
 ) -> None:
@@ -226,10 +243,10 @@ def train(
     src_frames: Annotated[str | None, typer.Option(help="Train on these source frames only: tokens, comma-separated.")] = None,
     tgt_frames: Annotated[str | None, typer.Option(help="Adapt to these target frames only.")] = None,
     val_frames: Annotated[str | None, typer.Option(help="Validate on these target frames.")] = None,
-    ssda: Annotated[bool, typer.Option("--ssda", help="Semi-supervised: some target scenes are labelled.")] = False,
+    ssda: SSDA = False,
     pseudo: Annotated[Path | None, typer.Option(help="Second stage: train on these pseudo-labels (from ftd pseudo).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
-    pretrained: Annotated[str | None, typer.Option(help="ImageNet weights of ResNet-34: a .pth file, or download.")] = None,
+    pretrained: Pretrained = None,
     set_: Sets = None,
     device: Device = None,
     workers: Workers = None,
@@ -255,10 +272,7 @@ def train(
     r = losses.recipe(f"{src}-{tgt}" + ("-ssda" if ssda else ""), method, preset, pseudo is not None, overrides)
     if ssda and tgt_frames:
         raise losses.RecipeError("--ssda takes labelled and unlabelled frames from the official lists; drop --tgt-frames")
-    if pretrained and r.width != 64:
-        raise losses.RecipeError("--pretrained: ImageNet weights fit a network of width 64 only; use --preset paper")
-    if pretrained and pretrained != "download" and not Path(pretrained).is_file():
-        raise losses.RecipeError(f"--pretrained {pretrained}: no such file; or --pretrained download")
+    _check_pretrained(pretrained, r)
     out = out or Path("runs") / f"{src}-{tgt}-{method}{'-ssda' if ssda else ''}{'-pl' if pseudo else ''}-seed{seed}"
     if (out / "last.safetensors").exists() and not resume:
         raise _fail(f"{out} already holds a run; continue it with --resume, or choose another folder with --out", USAGE)
@@ -274,7 +288,7 @@ def train(
     stage = ", second stage" if pseudo else ""
     own = [
         ("method", f"{method}, {r.scenario}{stage}", f"{r.steps} iterations of {r.batch} frames a domain"),
-        ("ImageNet weights", pretrained or "none", "--pretrained" if pretrained else "none given; the paper starts from them"),
+        _weights_fact(pretrained),
     ]
     _print_choices(console, (preset, preset_why), (dev, dev_why), (folder, folder_why), [*own, *facts])
     if resume:
@@ -513,6 +527,8 @@ def compare(
     data: Data = None,
     data_version: Version = None,
     set_: Sets = None,
+    ssda: SSDA = False,
+    pretrained: Pretrained = None,
     out: Annotated[Path, typer.Option(help="Folder of the runs; finished ones are not trained again.")] = Path("runs"),
     device: Device = None,
     cache: Cache = None,
@@ -528,12 +544,13 @@ def compare(
     dev, dev_why = _device(device)
     preset, preset_why = _preset(preset, dev)
     folder, folder_why = _cache(cache)
-    jobs = _jobs(f"{src}-{tgt}", methods, seeds, preset, set_ or [], out)
+    jobs = _jobs(f"{src}-{tgt}" + ("-ssda" if ssda else ""), methods, seeds, preset, set_ or [], out)
+    _check_pretrained(pretrained, jobs[0].recipe)
     source, target = _sources(src, tgt, (data, data), data_version, (None, None), folder, console)
     val = engine.Source(tgt, target.root, target.version)
 
     def open_run(job: Job, pseudo: Path | None) -> tuple[Run, list[tuple[str, str, str]]]:
-        run, facts = engine.assemble(job.recipe, job.seed, job.out, source, target, val, folder, pseudo, dev)
+        run, facts = engine.assemble(job.recipe, job.seed, job.out, source, target, val, folder, pseudo, dev, None, pretrained)
         if run.last_path.exists():
             run.resume()
         return run, facts
@@ -562,7 +579,7 @@ def compare(
         work += engine.work_left(run)
         facts = max(facts, found, key=len)
     many = ("runs", str(len(jobs)), f"{methods}; seeds {seeds}")
-    _print_choices(console, (preset, preset_why), (dev, dev_why), (folder, folder_why), [many, *facts])
+    _print_choices(console, (preset, preset_why), (dev, dev_why), (folder, folder_why), [many, _weights_fact(pretrained), *facts])
     display = screen.Display(console, work)
     rows: list[dict[str, Any]] = []
     with display.progress:
@@ -738,18 +755,56 @@ def data_synth(
 def bench(
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; medians are shown.", min=1)] = 5,
     out: Annotated[Path | None, typer.Option(help="CSV to append the rows to.")] = None,
+    device: Device = None,
     cache: Cache = None,
 ) -> None:
     """Time maps, sparse U-Net, data loading and the training step on this machine, beside what it can do at best."""
     from ftdpp import bench as benchmark
     from ftdpp import screen
+    from ftdpp.kernels import check
 
     folder = _cache(cache)[0]
+    dev, _ = _device(device)
+    wrong = [c for c in check.run(dev) if not c.ok]
+    if wrong:
+        raise _fail(f"{wrong[0].what} ({wrong[0].dtype}) is wrong on this machine, so its time means nothing: ftd doctor", FAILED)
     root = _world("usa", "singapore", folder, screen.messages())
-    rows = benchmark.run(root, folder, rounds)
-    screen.results().print(screen.plain_table(rows, benchmark.machine()))
+    rows = benchmark.run(root, folder, rounds, dev)
+    screen.results().print(screen.plain_table(rows, benchmark.machine(dev)))
     if out is not None:
-        benchmark.append(out, rows)
+        benchmark.append(out, rows, dev)
+
+
+@app.command()
+@guarded
+def doctor(device: Device = None) -> None:
+    """Versions, device, and every sparse operation checked on this machine: paste it into a bug report."""
+    import importlib.metadata
+    import platform
+
+    from ftdpp import bench as benchmark
+    from ftdpp import kernels, screen
+    from ftdpp.kernels import check
+
+    dev, dev_why = _device(device)
+    rows = [("machine", benchmark.machine(dev), f"{platform.system()} {platform.release()}")]
+    for package in ("ftdpp", "torch", "triton", "torch_scatter", "numpy", "safetensors"):
+        try:
+            rows.append((package, importlib.metadata.version(package), ""))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append((package, "not installed", ""))
+    rows += [("device", str(dev), dev_why), ("kernels", *kernels.backend(dev))]
+    console = screen.results()
+    screen.facts(console, [("python", platform.python_version(), sys.executable), *rows])
+    checks = check.run(dev)
+    table = [
+        {"operation": c.what, "dtype": c.dtype, "deviation": f"{c.deviation:.1e}", "allowed": f"{check.ALLOWED[c.dtype]:.0e}",
+         "repeats": "yes" if c.repeats else "NO", "result": "ok" if c.ok else "WRONG"}
+        for c in checks
+    ]  # fmt: skip
+    console.print(screen.plain_table(table, "largest deviation from dense float64, as a share of the largest value"))
+    if not all(c.ok for c in checks):
+        raise _fail("a sparse operation is wrong on this machine; FTD_KERNELS=torch avoids Triton; please report this", FAILED)
 
 
 def main() -> None:

@@ -17,25 +17,39 @@ from ftdpp.kernels import reference
 from ftdpp.kernels.maps import KernelMap, Pyramid
 from ftdpp.kernels.reference import pixel_to_point, voxel_mean, voxel_to_point
 
-__all__ = ["KernelMap", "Pyramid", "backend", "pixel_to_point", "pyramid", "sparse_conv", "voxel_mean", "voxel_to_point"]
+__all__ = [
+    "KernelError",
+    "KernelMap",
+    "Pyramid",
+    "backend",
+    "pixel_to_point",
+    "pyramid",
+    "sparse_conv",
+    "voxel_mean",
+    "voxel_to_point",
+]
+
+
+class KernelError(ValueError):
+    """FTD_KERNELS asks for an implementation that is unknown or cannot run here."""
 
 
 def backend(device: str | torch.device) -> tuple[str, str]:
     """Name of the implementation for a device, torch or triton, and the reason in words.
 
     Raises:
-        ValueError: FTD_KERNELS asks for what is unknown or cannot run here.
+        KernelError: FTD_KERNELS asks for what is unknown or cannot run here.
     """
     device = torch.device(device).type
     wish = os.environ.get("FTD_KERNELS", "")
     present = importlib.util.find_spec("triton") is not None
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if wish not in ("", "torch", "triton"):
-        raise ValueError(f"FTD_KERNELS={wish}: expected torch or triton, or leave it unset")
+        raise KernelError(f"FTD_KERNELS={wish}: expected torch or triton, or leave it unset")
     if wish == "triton" and not present:
-        raise ValueError("FTD_KERNELS=triton, but triton cannot be found: pip install triton")
+        raise KernelError("FTD_KERNELS=triton, but triton cannot be found: pip install triton")
     if wish == "triton" and device == "cpu" and not interpreted:
-        raise ValueError(
+        raise KernelError(
             "FTD_KERNELS=triton on a CPU needs Triton's interpreter: set TRITON_INTERPRET=1 as well (slow, for tests), "
             "or leave FTD_KERNELS unset"
         )

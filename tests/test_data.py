@@ -609,15 +609,9 @@ def test_jitter_on_grey() -> None:
     assert torch.equal(out, torch.full_like(out, 100) / 255)
 
 
-def test_max_points() -> None:
-    s = sample(a_frame(), None, 0, np.random.default_rng(0), max_points=100)
-    assert len(s.keep) == 100 and (s.keep.diff() > 0).all()
-    assert len(sample(a_frame(50), None, 0, np.random.default_rng(0), max_points=100).keep) == 50
-
-
 def test_collate() -> None:
     samples = [sample(a_frame(n), None, 0, np.random.default_rng(0)) for n in (30, 20)]
-    batch = collate(samples, False)
+    batch = collate(samples)
     assert batch.image.shape == (2, 3, 112, 200) and batch.counts == [30, 20] and batch.tokens == ["f", "f"]
     assert batch.coords.dtype == torch.int32 and batch.coords[:, 0].tolist() == [0] * 30 + [1] * 20
     assert torch.equal(batch.coords[30:, 1:], samples[1].coords) and torch.equal(batch.keep[1], samples[1].keep)
@@ -626,13 +620,11 @@ def test_collate() -> None:
     assert moved.image.is_meta and moved.label_2d is not None and moved.label_2d.is_meta
     assert moved.label_3d is None and not batch.image.is_meta
     wide = sample(a_frame(10, 112, 208), None, 0, np.random.default_rng(0))
-    assert collate([wide], False).image.shape[-1] == 208
+    assert collate([wide]).image.shape[-1] == 208
     with pytest.raises(ValueError, match=r"different sizes \[\(112, 200\), \(112, 208\)\].*batch size 1"):
-        collate([wide, samples[0]], False)
-    padded = collate([wide, samples[0]], pad_images=True)
-    assert torch.equal(padded.image[1, :, :, :200], samples[0].image) and not padded.image[1, :, :, 200:].any()
+        collate([wide, samples[0]])
     with pytest.raises(ValueError, match="at least one"):
-        collate([], False)
+        collate([])
 
 
 # ---- stylisation
@@ -716,9 +708,9 @@ def test_real_frames(tmp_path: Path) -> None:
     assert index.tokens == ["00/000000", "00/000001"] and [len(index.frame(i).xyz) for i in (0, 1)] == [19369, 19154]
     require_labels(index)
     rng = np.random.default_rng(0)
-    batch = collate([sample(index.frame(i), KITTI_CROP, SKITTI.flip_axis, rng) for i in (0, 1)], False)
+    batch = collate([sample(index.frame(i), KITTI_CROP, SKITTI.flip_axis, rng) for i in (0, 1)])
     assert batch.image.shape == (2, 3, 302, 480) and min(batch.counts) > 1000
     assert set(batch.label.tolist()) <= {IGNORE, *range(10)}
-    other = collate([sample(index.frame(i), KITTI_CROP, SKITTI.flip_axis, rng) for i in (1, 0)], False)
+    other = collate([sample(index.frame(i), KITTI_CROP, SKITTI.flip_axis, rng) for i in (1, 0)])
     stylised = density_transfer(batch.coords, other.coords, 2)
     assert all(abs(volume(stylised, b) / volume(other.coords, b) - 1) < 0.01 for b in (0, 1))

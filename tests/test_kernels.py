@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ftdpp import kernels
-from ftdpp.kernels import Pyramid, pixel_to_point, reference, sparse_conv, voxel_mean, voxel_to_point
+from ftdpp.kernels import Pyramid, check, pixel_to_point, reference, sparse_conv, voxel_mean, voxel_to_point
 from ftdpp.kernels.maps import KernelMap, pack, unpack
 
 SIZES = [1, 2, 63, 97, 257]
@@ -187,6 +187,19 @@ def test_neighbours_do_not_wrap_around_the_grid() -> None:
     coords = torch.tensor([[0, x, y, z] for x in (-far, far) for y in (-far, far) for z in (-far, far)])
     for level, same in enumerate(Pyramid(coords, 7).same):
         assert len(same.pair_in) == 8, level
+
+
+def test_check_is_green_here_and_red_where_an_operation_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FTD_KERNELS", raising=False)
+    cpu = torch.device("cpu")
+    assert all(c.ok for c in check.run(cpu))
+    right = kernels.sparse_conv
+    monkeypatch.setattr(kernels, "sparse_conv", lambda x, w, kmap: right(x, w, kmap) * 1.001)
+    assert [c.ok for c in check.run(cpu)] == [False] * 3 + [True] * 2
+    monkeypatch.setattr(kernels, "sparse_conv", lambda x, w, kmap: right(x, w, kmap) * float("nan"))
+    assert not check.run(cpu)[0].ok
+    monkeypatch.setattr(kernels, "sparse_conv", lambda x, w, kmap: right(x, w, kmap) + 1e-6 * torch.rand(()))
+    assert not check.run(cpu)[0].ok, "two runs differ"
 
 
 def test_backend_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

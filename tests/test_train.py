@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
-from ftdpp import checkpoint, data, evaluate, losses, train
+from ftdpp import bench, checkpoint, data, evaluate, kernels, losses, train
 from ftdpp.data import IGNORE
 from ftdpp.ftd import app
 
@@ -163,6 +163,8 @@ def test_non_finite_loss_names_term_and_frames(world: Path, cache: Path, tmp_pat
     (["train", "--src", "usa", "--tgt", "singapore", "--seed", "-1"], 2, "--seed"),
     (["compare", "--seeds", "a"], 2, "--seeds"),
     (["compare", "--methods", "ftdpp+x"], 2, "NAME+pl"),
+    (["compare", "--ssda", "--methods", "source-only"], 2, "no semi-supervised form"),
+    (["compare", "--preset", "small", "--pretrained", "download"], 2, "width 64 only"),
     (["train", "--src", "skitti", "--tgt", "skitti"], 2, "--data"),
     (["train", "--src", "usa", "--tgt", "singapore", "--data", "/nowhere"], 3, "/nowhere"),
     (["eval", "/nowhere"], 1, "/nowhere"),
@@ -420,3 +422,34 @@ def test_semi_supervised(world: Path, cache: Path, tmp_path: Path) -> None:
         assert checkpoint.read_metadata(tmp_path / "run" / "last.safetensors")["recipe"]["supervised"] == "both"
     else:
         assert result.exit_code == 3, result.output
+
+
+def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FTD_KERNELS", raising=False)
+    result = ftd("doctor", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "torch-scatter" in result.output
+    assert "WRONG" not in result.output
+    right = kernels.sparse_conv
+    monkeypatch.setattr(kernels, "sparse_conv", lambda x, w, kmap: right(x, w, kmap) * 1.001)
+    result = ftd("doctor", "--device", "cpu")
+    assert result.exit_code == 1
+    assert "WRONG" in result.output
+    assert ftd("bench", "--device", "cpu").exit_code == 1, "no timing behind a red check"
+    monkeypatch.setenv("FTD_KERNELS", "spconv")
+    result = ftd("doctor", "--device", "cpu")
+    assert result.exit_code == 2
+
+
+def test_bench(world: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row is timed, and those with a floor are not below a plausible part of it."""
+    monkeypatch.setattr(bench, "LOADS", 2)
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(train, "keep_freed_memory", lambda: None)  # a setting of the whole process
+    rows = bench.run(world, cache, 1, cpu, (1, 2))
+    assert len(rows) == 2 + 4 * 2 + 1 + 3
+    assert all(row["ms"] > 0 for row in rows)
+    assert all(row["times floor"] > 0.5 for row in rows if row["times floor"])
+    for _ in range(2):
+        bench.append(tmp_path / "cpu.csv", rows, cpu)
+    assert len((tmp_path / "cpu.csv").read_text().splitlines()) == 1 + 2 * len(rows)
