@@ -230,9 +230,9 @@ def keep_mask(shape: tuple[int, ...], p: float, device: torch.device) -> tuple[T
 
 
 class _Attend(torch.autograd.Function):
-    """One head of external attention, feature-major: (d, N) -> (d, N).
+    """Heads of external attention, feature-major: (..., d, N) -> (..., d, N).
 
-        a = softmax over the N points of (key @ x + bias)        (S, N)
+        a = softmax over the N points of key @ x                               (..., S, N)
         y = value @ dropout(a / (1e-9 + sum of a over the S slots))
 
     The division moves behind the product, so each (S, N) array is passed over as rarely as can be: this is where the time
@@ -240,9 +240,9 @@ class _Attend(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, key: Tensor, bias: Tensor, value: Tensor, p: float) -> Tensor:
-        a = torch.softmax(torch.addmm(bias[:, None], key, x), 1)
-        total = a.sum(0).add_(1e-9)  # (N,)
+    def forward(ctx: Any, x: Tensor, key: Tensor, value: Tensor, p: float) -> Tensor:
+        a = torch.softmax(key @ x, -1)
+        total = a.sum(-2, keepdim=True).add_(1e-9)  # (..., 1, N)
         mask, keep = keep_mask(tuple(a.shape), p, a.device) if p else (None, 1.0)
         y = (value @ (a if mask is None else a * mask)).div_(total * keep)
         ctx.keep = keep
@@ -253,16 +253,15 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, key, value, a, mask, total, y = ctx.saved_tensors
         scaled = grad / (total * ctx.keep)
-        grad_a = value.t() @ scaled
-        kept = a
+        grad_a, kept = value.t() @ scaled, a
         if mask is not None:
             mask = mask.to(a.dtype)
             kept = a * mask
             grad_a.mul_(mask)
-        grad_value = scaled @ kept.t()
-        grad_a.sub_((grad * y).sum(0).div_(total))  # through the sum over slots
-        grad_logits = torch._softmax_backward_data(grad_a, a, 1, a.dtype)
-        return key.t() @ grad_logits, grad_logits @ x.t(), grad_logits.sum(1), grad_value, None
+        grad_a.sub_((grad * y).sum(-2, keepdim=True).div_(total))  # through the sum over slots
+        grad_logits = torch._softmax_backward_data(grad_a, a, -1, a.dtype)
+        grad_key, grad_value = grad_logits @ x.mT, scaled @ kept.mT
+        return key.t() @ grad_logits, grad_key.sum_to_size(key.shape), grad_value.sum_to_size(value.shape), None
 
 
 class ExternalAttention(nn.Module):
@@ -270,6 +269,9 @@ class ExternalAttention(nn.Module):
 
     Softmax over the N points of the *whole batch*, then each point's slots divided by their sum: a point's output depends on
     what else is in the batch. It stays in fp32, since its values are about 1/N.
+
+    `key.bias` is there for the released checkpoints only: it shifts all points of a slot alike, and the softmax over the points
+    takes that away again.
     """
 
     SLOTS = 64
@@ -287,14 +289,17 @@ class ExternalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels) -> (N, channels)."""
-        # Head by head: a head's (64, N) stays in a CPU's cache where all heads' would not.
         p = self.dropout.p if self.training else 0.0
         wide = torch.addmm(self.expand.bias[:, None], self.expand.weight, x.t())  # (4 channels, N)
         exact = torch.promote_types(x.dtype, torch.float32)
-        key, bias, value = (w.to(exact) for w in (self.key.weight, self.key.bias, self.value.weight))
-        heads = [_Attend.apply(h, key, bias, value, p) for h in wide.to(exact).chunk(self.heads)]
-        y = torch.cat([h + self.value.bias[:, None] for h in heads]).to(x.dtype)
-        return self.dropout(self.project(y.t()))
+        wide, key, value = (t.to(exact) for t in (wide, self.key.weight, self.value.weight))
+        # A CPU goes head by head: a head's (64, N) stays in its cache where all heads' would not. A GPU takes all at once.
+        if x.is_cuda:
+            y = _Attend.apply(wide.view(self.heads, -1, len(x)), key, value, p) + self.value.bias[:, None]
+            y = y.flatten(0, 1)
+        else:
+            y = torch.cat([_Attend.apply(h, key, value, p) + self.value.bias[:, None] for h in wide.chunk(self.heads)])
+        return self.dropout(self.project(y.to(x.dtype).t()))
 
 
 class Fusion(nn.Module):

@@ -127,15 +127,13 @@ def test_external_attention_as_published(n: int) -> None:
     ea = ExternalAttention(16, heads=8).double().eval()
     x = torch.randn(n, 16, dtype=torch.float64, requires_grad=True)
     grad = torch.randn(n, 16, dtype=torch.float64)
-    inputs = [x, *ea.parameters()]
+    named = {"x": x, **dict(ea.named_parameters())}
+    del named["key.bias"]  # without effect: see ExternalAttention
+    inputs = list(named.values())
     wanted, found = published_attention(ea, x), ea(x)
     assert torch.allclose(found, wanted, atol=1e-12)
-    for name, a, b in zip(
-        ["x", *dict(ea.named_parameters())],
-        torch.autograd.grad(found, inputs, grad),
-        torch.autograd.grad(wanted, inputs, grad),
-        strict=True,
-    ):
+    gradients = (torch.autograd.grad(y, inputs, grad) for y in (found, wanted))
+    for name, a, b in zip(named, *gradients, strict=True):
         assert torch.allclose(a, b, atol=1e-10), name
     if n == 37:
         assert not torch.allclose(ea(x[:20]), wanted[:20], atol=1e-4), "a point's output depends on the batch"
@@ -150,9 +148,9 @@ def test_external_attention_without_points() -> None:
 
 def test_attention_dropout_keeps_the_mean_and_its_gradient_is_that_of_what_was_kept() -> None:
     torch.manual_seed(0)
-    x, key, bias, value = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((8, 50), (64, 8), (64,), (8, 64)))
-    plain = _Attend.apply(x, key, bias, value, 0.0)
-    many = torch.stack([_Attend.apply(x, key, bias, value, 0.5) for _ in range(400)])
+    x, key, value = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((8, 50), (64, 8), (8, 64)))
+    plain = _Attend.apply(x, key, value, 0.0)
+    many = torch.stack([_Attend.apply(x, key, value, 0.5) for _ in range(400)])
     assert torch.allclose(many.mean(0), plain, atol=5 * many.std(0).max().item() / 20)
     assert many.std(0).min() > 0
 
@@ -160,7 +158,19 @@ def test_attention_dropout_keeps_the_mean_and_its_gradient_is_that_of_what_was_k
         torch.manual_seed(1)
         return _Attend.apply(*args, 0.3)
 
-    assert torch.autograd.gradcheck(seeded, (x, key, bias, value))
+    assert torch.autograd.gradcheck(seeded, (x, key, value))
+
+
+def test_all_heads_at_once_equal_head_by_head() -> None:
+    """The form that a GPU runs, against the one that a CPU runs."""
+    torch.manual_seed(0)
+    x, key, value = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 8, 50), (64, 8), (8, 64)))
+    grad = torch.randn(3, 8, 50, dtype=torch.float64)
+    together = _Attend.apply(x, key, value, 0.0)
+    apart = torch.stack([_Attend.apply(h, key, value, 0.0) for h in x])
+    assert torch.allclose(together, apart)
+    for a, b in zip(*(torch.autograd.grad(y, (x, key, value), grad) for y in (together, apart)), strict=True):
+        assert torch.allclose(a, b)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2, 0.5, 0.9])
