@@ -96,6 +96,7 @@ class Recipe:
     teacher_image: str = "coin"  # coin: mixup or FDA by a coin flip per iteration; or fda
     teacher_mix: float = 0.95  # share of the source in the teacher's mixup
     fda_beta: float = 0.1  # side of the exchanged block of the spectrum, as a share of min(H, W)
+    ema: float = 0.999  # decay of the teacher
     student_mix: float = 1.0  # share of the source in the student's source image; 1 leaves it alone
     # optimisation: Adam, one learning rate for 2D, one for 3D and fusion
     lr_2d: float = 1e-4
@@ -305,7 +306,7 @@ def recipe(
 def _check(r: Recipe) -> None:
     """Refuse values that no training could use."""
     weights = (r.lr, r.lr_2d, r.ce_3d, r.mimic_src, r.mimic_tgt, r.pseudo, r.distill_single, r.distill_fused)
-    shares = (r.student_mix, r.teacher_mix, r.fda_beta)
+    shares = (r.student_mix, r.teacher_mix, r.fda_beta, r.ema)
     periods = (r.steps, r.batch, r.eval_batch, r.val_every, r.save_every)
     rules = {
         "steps, batch, eval_batch, val_every and save_every must be at least 1": min(periods) >= 1,
@@ -316,7 +317,7 @@ def _check(r: Recipe) -> None:
         "teacher_image must be coin or fda": r.teacher_image in ("coin", "fda"),
         f"classes must be one of {', '.join(CLASS_SETS)}": r.classes in CLASS_SETS,
         "learning rates and loss weights must not be negative": min(weights) >= 0,
-        "student_mix, teacher_mix and fda_beta must lie in 0..1": all(0 <= v <= 1 for v in shares),
+        "student_mix, teacher_mix, fda_beta and ema must lie in 0..1": all(0 <= v <= 1 for v in shares),
         "dropout wants two numbers in 0..1 (2D encoder, attention)": len(r.dropout) == 2 and all(0 <= p < 1 for p in r.dropout),
         "image and crop want H,W; 0,0 for none": len(r.image) == len(r.crop) == 2 and min(*r.image, *r.crop) >= 0,
         "width must be a multiple of 8 and m of 4": min(r.width, r.m) > 0 and r.width % 8 == 0 and r.m % 4 == 0,

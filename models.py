@@ -403,12 +403,13 @@ class CrossModal(nn.Module):
 
 
 @torch.no_grad()
-def update_teacher(teacher: nn.Module, student: nn.Module, step: int) -> None:
-    """EMA of the parameters, `teacher = a * teacher + (1 - a) * student`, a = min(1 - 1/(step + 1), 0.999), step from 1.
+def update_teacher(teacher: nn.Module, student: nn.Module, step: int, decay: float = 0.999) -> None:
+    """EMA of the parameters, `teacher = a * teacher + (1 - a) * student`, a = min(1 - 1/(step + 1), decay), step from 1.
 
-    Buffers are left alone: the teacher runs in train mode and normalises with the statistics of its own batch.
+    Until step 1 / (1 - decay) this is the plain mean of the student's past. Buffers are left alone: the teacher runs in train
+    mode and normalises with the statistics of its own batch.
     """
-    weight = 1 - min(1 - 1 / (step + 1), 0.999)
+    weight = 1 - min(1 - 1 / (step + 1), decay)
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), weight)
 
 

@@ -343,7 +343,7 @@ def fit(run: Run) -> Iterator[Step | Score]:
         run.optimizer.step()
         run.iteration += 1
         if run.teacher is not None:
-            update_teacher(run.teacher, run.student, run.iteration)
+            update_teacher(run.teacher, run.student, run.iteration, run.recipe.ema)
 
         seconds = time.perf_counter() - begin
         log.add(run.iteration, values)

@@ -223,3 +223,6 @@ def test_teacher_is_the_mean_of_its_start_and_all_students() -> None:
     before = teacher.weight.clone()
     update_teacher(teacher, student, 10**6)
     assert torch.allclose(teacher.weight, 0.999 * before + 0.001 * student.weight, atol=1e-6)
+    before = teacher.weight.clone()
+    update_teacher(teacher, student, 100, 0.9)
+    assert torch.allclose(teacher.weight, 0.9 * before + 0.1 * student.weight, atol=1e-6)
