@@ -107,15 +107,18 @@ def _cache(cache: Path | None) -> tuple[Path, str]:
 def _device(name: str | None) -> tuple[Any, str]:
     import torch
 
-    if name is None:
-        found = torch.cuda.is_available()
-        return torch.device("cuda" if found else "cpu"), "a GPU is present" if found else "no GPU is present"
+    found = torch.cuda.is_available()
+    why = "--device" if name else "a GPU is present" if found else "no GPU is present"
     try:
-        device = torch.device(name)
+        device = torch.device(name or ("cuda" if found else "cpu"))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise _fail(f"--device {name}: {str(error).splitlines()[0]}; use cpu", USAGE) from None
-    return device, "--device"
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # tf32 products, as cuDNN's convolutions use by default
+        if device.index is not None:
+            torch.cuda.set_device(device)  # Triton launches on the current one
+    return device, why
 
 
 def _preset(name: str | None, device: Any) -> tuple[str, str]:
@@ -186,7 +189,7 @@ def _print_choices(
     """Every automatic choice, as value and reason."""
     from ftdpp import kernels, screen
 
-    dtype = "float32", "the only one so far"
+    dtype = "float32", "the only one so far" if device[0].type == "cpu" else "the only one so far; products in tf32"
     named = {"preset": preset, "device": device, "kernels": kernels.backend(device[0]), "dtype": dtype, "cache": cache}
     screen.facts(console, [*((name, str(value), why) for name, (value, why) in named.items()), *more])
 

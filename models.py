@@ -241,10 +241,11 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, key: Tensor, value: Tensor, p: float) -> Tensor:
-        a = torch.softmax(key @ x, -1)
+        # Detached: torch would fold a product with a matrix that takes a gradient, and copy the large arrays for it.
+        a = torch.softmax(key.detach() @ x, -1)
         total = a.sum(-2, keepdim=True).add_(1e-9)  # (..., 1, N)
         mask, keep = keep_mask(tuple(a.shape), p, a.device) if p else (None, 1.0)
-        y = (value @ (a if mask is None else a * mask)).div_(total * keep)
+        y = (value.detach() @ (a if mask is None else a * mask)).div_(total * keep)
         ctx.keep = keep
         ctx.save_for_backward(x, key, value, a, mask, total, y)
         return y
@@ -252,6 +253,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, key, value, a, mask, total, y = ctx.saved_tensors
+        key, value = key.detach(), value.detach()
         scaled = grad / (total * ctx.keep)
         grad_a, kept = value.t() @ scaled, a
         if mask is not None:
@@ -295,7 +297,7 @@ class ExternalAttention(nn.Module):
         wide, key, value = (t.to(exact) for t in (wide, self.key.weight, self.value.weight))
         # A CPU goes head by head: a head's (64, N) stays in its cache where all heads' would not. A GPU takes all at once.
         if x.is_cuda:
-            y = _Attend.apply(wide.view(self.heads, -1, len(x)), key, value, p) + self.value.bias[:, None]
+            y = _Attend.apply(wide.unflatten(0, (self.heads, -1)), key, value, p) + self.value.bias[:, None]
             y = y.flatten(0, 1)
         else:
             y = torch.cat([_Attend.apply(h, key, value, p) + self.value.bias[:, None] for h in wide.chunk(self.heads)])

@@ -33,7 +33,7 @@ from ftdpp.models import CrossModal, load_imagenet, update_teacher
 
 
 class NonFiniteLoss(Exception):
-    """A loss term is nan or inf."""
+    """A loss term or a parameter is nan or inf."""
 
 
 class Interrupted(Exception):
@@ -195,6 +195,8 @@ class Run:
     def __post_init__(self) -> None:
         for index in self.labelled:
             data.require_labels(index)
+        if self.device.type == "cuda":
+            torch.backends.cudnn.deterministic = True  # some of its gradients add atomically, and would not repeat
         r = self.recipe
         # Empty weights are computed from the labelled training points: a function of the data, so stored with the recipe.
         if not r.class_weights:
@@ -254,6 +256,13 @@ class Run:
         }
 
     def save(self, path: Path) -> None:
+        """Raises NonFiniteLoss instead of writing a broken network: a gradient may overflow where no loss does."""
+        broken = [name for name, p in self.student.named_parameters() if not p.isfinite().all()]
+        if broken:
+            raise NonFiniteLoss(
+                f"iteration {self.iteration}: {len(broken)} parameters are not finite, first {broken[0]}, so a gradient "
+                f"overflowed; {path} was not written. Lower the learning rate (--set lr=..., --set lr_2d=...)"
+            )
         tensors = {f"student/{k}": v for k, v in self.student.state_dict().items()}
         if self.teacher is not None:
             tensors |= {f"teacher/{k}": v for k, v in self.teacher.state_dict().items()}
@@ -276,11 +285,13 @@ class Run:
                     f"{self.last_path}: made with {key} {meta[key]!r}, this command has {mine[key]!r}; repeat the "
                     "command that began the run, or choose another --out"
                 )
-        differing = [k for k, v in mine["recipe"].items() if meta["recipe"].get(k) != v and k != "save_every"]
+        # A setting that came later has its default in older files: that is what they did.
+        theirs = {**json.loads(json.dumps(dataclasses.asdict(Recipe()))), **meta["recipe"]}
+        differing = [k for k, v in mine["recipe"].items() if theirs[k] != v and k != "save_every"]
         if differing:
             k = differing[0]
             raise RunError(
-                f"{self.last_path}: made with {k}={meta['recipe'].get(k)!r}, this command has {mine['recipe'][k]!r}; repeat the "
+                f"{self.last_path}: made with {k}={theirs[k]!r}, this command has {mine['recipe'][k]!r}; repeat the "
                 "command that began the run, or choose another --out"
             )
         self.student.load_state_dict(read_tensors(self.last_path, "student/"))
@@ -289,8 +300,9 @@ class Run:
         params = dict(self.student.named_parameters())
         for key, tensor in read_tensors(self.last_path, "optimizer/").items():
             name, _, slot = key.rpartition("/")
-            # Adam keeps its step counter on the CPU, the moments beside the parameter.
-            self.optimizer.state[params[name]][slot] = tensor if slot == "step" else tensor.to(self.device)
+            # Adam keeps its step counter on the CPU, the moments beside the parameter and in its memory layout.
+            p = params[name]
+            self.optimizer.state[p][slot] = tensor if slot == "step" else torch.empty_like(p).copy_(tensor)
         self.iteration, self.best, self.owed = meta["iteration"], meta["best"], meta["validation_owed"]
 
 
@@ -337,13 +349,13 @@ def fit(run: Run) -> Iterator[Step | Score]:
         _seed_torch(run.seed, _DROPOUT, run.iteration)
         set_learning_rate(run.optimizer, r, run.iteration)
         terms = step(run.student, run.teacher, labelled, unlabelled, r, coin(run.seed, run.iteration))
-        values = _check_finite(terms, labelled, unlabelled, run.iteration + 1)
         run.optimizer.zero_grad()
         torch.stack(list(terms.values())).sum().backward()
         run.optimizer.step()
         run.iteration += 1
         if run.teacher is not None:
             update_teacher(run.teacher, run.student, run.iteration, run.recipe.ema)
+        values = _check_finite(terms, labelled, unlabelled, run.iteration)  # the one wait for a GPU, and before any save
 
         seconds = time.perf_counter() - begin
         log.add(run.iteration, values)

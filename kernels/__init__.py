@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ def backend(device: str | torch.device) -> tuple[str, str]:
     device = torch.device(device).type
     wish = os.environ.get("FTD_KERNELS", "")
     present = importlib.util.find_spec("triton") is not None
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")  # Triton builds its launchers with it
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if wish not in ("", "torch", "triton"):
         raise KernelError(f"FTD_KERNELS={wish}: expected torch or triton, or leave it unset")
@@ -55,10 +57,11 @@ def backend(device: str | torch.device) -> tuple[str, str]:
         )
     if wish:
         return wish, f"FTD_KERNELS={wish}"
-    if device == "cuda" and present:
-        return "triton", "a GPU, and triton is installed"
+    if device == "cuda" and present and compiler:
+        return "triton", "a GPU, triton and a C compiler are present"
     if device == "cuda":
-        return "torch", "triton cannot be found; pip install triton for the faster kernels"
+        missing = "a C compiler (gcc or clang)" if present else "triton (pip install triton)"
+        return "torch", f"{missing} is missing, which the faster kernels need"
     pooling = "native torch (torch-scatter cannot be imported)" if reference.segment_csr is None else "torch-scatter"
     return "torch", f"plain PyTorch on a CPU; point pooling: {pooling}"
 

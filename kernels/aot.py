@@ -1,4 +1,4 @@
-"""Compile every kernel, in every configuration that the sparse U-Net uses, for GPUs that need not be there.
+"""Compile every kernel, in every configuration that the paper's sparse U-Net uses, for GPUs that need not be there.
 
     python -m ftdpp.kernels.aot [--write FILE.csv]
 
@@ -67,7 +67,7 @@ def compiled(kernel: Any, storage: dict[str, str], constants: dict[str, Any], op
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, (n, t) in enumerate(signature.items())
-        if t.startswith("*") or (n in aligned and t != "constexpr")
+        if (t.startswith("*") and n not in hash.ANY_PLACE) or (n in aligned and t != "constexpr")
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=target, options={**options, **gemm.FUSION})
@@ -104,8 +104,11 @@ def table() -> Iterator[Row]:
 
 
 def complaint(row: Row) -> str:
-    """What is wrong with a row; empty when nothing is. Single numbers (the first layer's input) cannot be copied ahead."""
-    if row["spilled"]:
+    """What is wrong with a row; empty when nothing is. Single numbers (the first layer's input) cannot be copied ahead.
+
+    Triton 3.6 keeps one pair of registers of `find_neighbours` on the stack, outside its inner loop: no reason to refuse.
+    """
+    if row["spilled"] > (8 if row["kernel"] == "find_neighbours" else 0):
         return f"{row['kernel']} for {row['target']} spills {row['spilled']} bytes"
     if row["target"] != "gfx942" and "x" in row["kernel"] and "cin 1" not in row["kernel"] and not row["async copies"]:
         return f"{row['kernel']} for {row['target']} has no asynchronous copies"

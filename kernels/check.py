@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ftdpp import kernels
 
-GRID = 10
+GRID = 16  # voxels a side
 ALLOWED = {"fp32": 1e-5, "tf32": 3e-3, "fp16": 3e-3, "bf16": 2e-2}  # of the largest value
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -63,7 +63,8 @@ def run(device: torch.device) -> list[Check]:
     else:  # Triton's interpreter computes bf16 products wrongly
         dtypes = ["fp32"] if implementation == "torch" else ["fp32", "fp16"]
     g = torch.Generator().manual_seed(0)
-    n = 150 if device.type == "cpu" and implementation == "triton" else 1500
+    # Enough voxels that the weight gradient is summed in parts; Triton's interpreter is slow, though.
+    n = 150 if device.type == "cpu" and implementation == "triton" else 6000
     points = torch.cat([torch.randint(0, 2, (n, 1), generator=g), torch.randint(0, GRID, (n, 3), generator=g)], 1)
     p = kernels.pyramid(points.to(device), 2)
     fine, coarse = p.coords(0).cpu(), p.coords(1).cpu()

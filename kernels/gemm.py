@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ftdpp.kernels.hash import SlotMap
+from ftdpp.kernels.hash import ANY_PLACE, SlotMap
 
 ANY_SIZE = ["count", "columns", "flip", "splits"]
 # An index is fetched, then the row it names, then they are multiplied: with 5 stages two rows are on their way, with 3 or 4 one
@@ -39,7 +39,7 @@ def _either(a, b):
     return a | b
 
 
-@triton.jit(do_not_specialize=ANY_SIZE)
+@triton.jit(do_not_specialize=ANY_SIZE, do_not_specialize_on_alignment=ANY_PLACE)
 def gather_gemm(
     x, w, y, idx, row, mask, cin, cout, wk, wi, wo, count, columns, flip,
     BM: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr, PRECISION: tl.constexpr,
@@ -76,7 +76,7 @@ def gather_gemm(
     tl.store(y + out[:, None] * cout + o[None, :], acc.to(y.dtype.element_ty), mask=live[:, None] & in_o[None, :])
 
 
-@triton.jit(do_not_specialize=ANY_SIZE)
+@triton.jit(do_not_specialize=ANY_SIZE, do_not_specialize_on_alignment=ANY_PLACE)
 def weight_gradient(
     x, dy, part, pair_in, pair_out, first, last, cin, cout, splits,
     BP: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, PRECISION: tl.constexpr,

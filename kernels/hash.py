@@ -19,7 +19,9 @@ from ftdpp.kernels.maps import Pyramid, axis_masks, check_coords, pack
 
 BLOCK = 128
 TAG = 3  # bits below a key that hold its level
-ANY_SIZE = ["count", "size"]  # a kernel is compiled once, not again for each size
+# A kernel is compiled once, not again for each size, nor for where in memory a level's part of a list begins.
+ANY_SIZE = ["count", "size"]
+ANY_PLACE = ["idx", "row", "mask", "place", "pair_in", "pair_out", "first", "last"]
 
 
 @dataclass(frozen=True)
@@ -64,20 +66,22 @@ def hash_insert(keys, table_key, table_row, count, size, BLOCK: tl.constexpr):
     """Enter `keys[i] -> i`: from a key's place on, the first free entry is taken by compare-and-swap.
 
     keys (count,) int64, each once, none negative; table_key (size + BLOCK,) int64 filled with -1; table_row (size,) int32.
-    Grid: count / BLOCK. A swap takes no mask, so a lane that is done swaps in the BLOCK entries behind the table.
+    Grid: count / BLOCK. A swap takes no mask: a lane that is done swaps at its own entry, in vain, and lanes without a key
+    swap in the BLOCK entries behind the table. No order between swaps is needed, since look-ups are another launch.
     Bytes: about 8 read and 12 written a key, at random places.
     """
     lane = tl.arange(0, BLOCK)
     i = tl.program_id(0).to(tl.int64) * BLOCK + lane
-    todo = i < count
-    key = tl.load(keys + i, mask=todo, other=0)
+    live = i < count
+    todo = live
+    key = tl.load(keys + i, mask=live, other=0)
     at = _place(key, size)
     while tl.max(todo.to(tl.int32), 0) > 0:
         free = tl.full([BLOCK], -1, tl.int64)
-        found = tl.atomic_cas(table_key + tl.where(todo, at, size + lane), free, key)
+        found = tl.atomic_cas(table_key + tl.where(live, at, size + lane), free, key, sem="relaxed")
         tl.store(table_row + at, i.to(tl.int32), mask=todo & (found == -1))
         todo = todo & (found != -1)
-        at = (at + 1) & (size - 1)
+        at = tl.where(todo, (at + 1) & (size - 1), at)
 
 
 @triton.jit
@@ -134,7 +138,7 @@ def find_neighbours(keys, base, axes, table_key, table_row, idx, mask, count, si
     tl.store(mask + v, bits, mask=live)
 
 
-@triton.jit(do_not_specialize=ANY_SIZE)
+@triton.jit(do_not_specialize=ANY_SIZE, do_not_specialize_on_alignment=ANY_PLACE)
 def list_pairs(idx, row, place, pair_in, pair_out, count, size, BLOCK: tl.constexpr):
     """The entries of idx that are there, as lists: pair place[j] - 1 is (idx[j], row of the slot of j).
 

@@ -62,7 +62,7 @@ def pack(coords: Tensor) -> Tensor:
         low, high = c.amin(0), c.amax(0)
         if c.is_cuda:
             fits = (low[1:] > -BIAS) & (high[1:] < BIAS - 1) & (low[0] >= 0) & (high[0] < 1 << FRAME_BITS)
-            torch._assert_async(fits.all(), f"voxel coordinates must lie inside +-{BIAS - 2}, frames in 0 to {1 << FRAME_BITS}")
+            torch._assert_async(fits.all(), f"voxel coordinates outside +-{BIAS - 2}, or more than {1 << FRAME_BITS} frames")
             return _interleave(c)
         if low[1:].min() <= -BIAS or high[1:].max() >= BIAS - 1:
             raise ValueError(

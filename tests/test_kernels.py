@@ -207,7 +207,12 @@ def test_backend_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     assert kernels.backend("cpu")[0] == "torch"
     assert "torch-scatter" in kernels.backend("cpu")[1]
+    monkeypatch.setenv("CC", "cc")
     assert kernels.backend("cuda")[0] == "triton"
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", "")
+    assert kernels.backend("cuda")[0] == "torch"
+    assert "C compiler" in kernels.backend("cuda")[1]
     monkeypatch.setenv("FTD_KERNELS", "torch")
     assert kernels.backend("cuda") == ("torch", "FTD_KERNELS=torch")
     monkeypatch.setenv("FTD_KERNELS", "triton")

@@ -213,7 +213,7 @@ def test_who_gets_gradient_from_what() -> None:
 
 def test_trust_factor_pushes_the_mimicry_up() -> None:
     """Released: exp(-KL) is not detached, so the pseudo-label loss lowers itself by raising KL. pseudo_detach stops that."""
-    r = small(pseudo=True)
+    r = small(pseudo=True, pseudo_detach=False)
     net, teacher = model(r), model(r, 1)
     a, b = batch(0), batch(1, pseudo=True)
     terms = losses.step(net, teacher, a, b, r, False)

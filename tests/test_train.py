@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,15 @@ from ftdpp.data import IGNORE
 from ftdpp.ftd import app
 
 TINY = ["--set", "image=48,88", "--set", "batch=2", "--set", "width=8", "--set", "m=4"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_a_cpu() -> Iterator[None]:
+    """Promises about bytes are made for a CPU; the CLI would choose a GPU where there is one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # for child processes
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
 
 
 def ftd(*args: object) -> Result:
@@ -136,6 +146,17 @@ def test_resume_refuses_what_does_not_fit(finished: Path, world: Path, cache: Pa
     result = ftd(*train_args(broken, world, cache), "--resume")
     assert result.exit_code == 1
     assert "last.safetensors" in result.output
+
+
+def test_a_broken_network_is_not_saved(world: Path, cache: Path, tmp_path: Path) -> None:
+    r = losses.recipe("usa-singapore", "source-only", "small", overrides=["image=48,88", "width=8", "m=4"])
+    run = train.Run(tmp_path, r, 0, [train.Source("usa", world).index("train", r, cache)], None, None)
+    run.save(run.last_path)
+    before = run.last_path.read_bytes()
+    run.student.net_3d.main.weight.data[0, 0] = float("inf")
+    with pytest.raises(train.NonFiniteLoss, match=r"net_3d\.main\.weight.*was not written"):
+        run.save(run.last_path)
+    assert run.last_path.read_bytes() == before
 
 
 def test_non_finite_loss_names_term_and_frames(world: Path, cache: Path, tmp_path: Path) -> None:
