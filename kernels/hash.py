@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ftdpp.kernels.maps import Pyramid, axis_masks, check_coords, pack
 
-BLOCK = 128
+LANES = {"BLOCK": 256, "num_warps": 4}  # two entries a thread; with one, ptxas spills a register pair of find_neighbours
 TAG = 3  # bits below a key that hold its level
 # A kernel is compiled once, not again for each size, nor for where in memory a level's part of a list begins.
 ANY_SIZE = ["count", "size"]
@@ -156,10 +156,10 @@ def list_pairs(idx, row, place, pair_in, pair_out, count, size, BLOCK: tl.conste
 def hash_table(keys: Tensor) -> tuple[Tensor, Tensor, int]:
     """Table of (N,) int64 keys, at most half full: its keys (size + BLOCK,), its rows (size,) int32, its size."""
     size = 1 << (2 * len(keys)).bit_length()
-    table_key = keys.new_full((size + BLOCK,), -1)
+    table_key = keys.new_full((size + LANES["BLOCK"],), -1)
     table_row = torch.empty(size, dtype=torch.int32, device=keys.device)
     if len(keys):
-        hash_insert[(triton.cdiv(len(keys), BLOCK),)](keys, table_key, table_row, len(keys), size, BLOCK=BLOCK)
+        hash_insert[(triton.cdiv(len(keys), LANES["BLOCK"]),)](keys, table_key, table_row, len(keys), size, **LANES)
     return table_key, table_row, size
 
 
@@ -183,14 +183,14 @@ def _submanifold(keys: Tensor, base: Tensor, sizes: list[int]) -> list[SlotMap]:
     mask = torch.empty(total, dtype=torch.int32, device=device)
     if total:
         table = hash_table(keys)
-        find_neighbours[(triton.cdiv(total, BLOCK),)](keys, base, axes, *table[:2], idx, mask, total, table[2], BLOCK=BLOCK)
+        find_neighbours[(triton.cdiv(total, LANES["BLOCK"]),)](keys, base, axes, *table[:2], idx, mask, total, table[2], **LANES)
     order = torch.argsort((keys & 7) << 27 | mask, stable=True)
     idx, mask = idx[:, order], mask[order]
     row = (order - base[keys & 7]).int()  # the order keeps levels together, so that keys & 7 is sorted already
     place = (idx >= 0).flatten().cumsum(0)
     pair_in, pair_out = torch.empty(2, 27 * total, dtype=torch.int32, device=device)
     if total:
-        list_pairs[(triton.cdiv(27 * total, BLOCK),)](idx, row, place, pair_in, pair_out, total, 27 * total, BLOCK=BLOCK)
+        list_pairs[(triton.cdiv(27 * total, LANES["BLOCK"]),)](idx, row, place, pair_in, pair_out, total, 27 * total, **LANES)
     before = torch.cat([place.new_zeros(1), place])
     seg = before[(torch.arange(27, device=device) * total)[:, None] + base]  # (27, levels + 1)
     seg = seg.t().contiguous()
