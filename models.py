@@ -144,7 +144,7 @@ class NormReLUConv(nn.Module):
         self.conv = SparseConv(offsets, cin, cout)
 
     def forward(self, x: Tensor, kmap: KernelMap) -> Tensor:
-        return self.conv(self.norm(x), kmap)
+        return self.conv(self.norm(x, kmap.live), kmap)
 
 
 class SparseBatchNorm(nn.BatchNorm1d):
@@ -153,12 +153,33 @@ class SparseBatchNorm(nn.BatchNorm1d):
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=1e-4, momentum=0.01)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and len(x) < 2:  # one voxel has no variance: use what is known so far
+    def forward(self, x: Tensor, live: Tensor | None = None) -> Tensor:
+        """live: () int64, the number of rows that are voxels, in padded maps; they come first, the others are zero."""
+        if not self.training:
+            x = super().forward(x)
+        elif live is not None:
+            x = self._padded(x, live)
+        elif len(x) < 2:  # one voxel has no variance: use what is known so far
             x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         else:
             x = super().forward(x)
         return F.relu(x, inplace=True)
+
+    def _padded(self, x: Tensor, live: Tensor) -> Tensor:
+        """The same by the first `live` rows, their number known to the GPU alone."""
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None and self.momentum is not None
+        wide, n, enough = x.float(), live.clamp(min=1), live > 1
+        inside = (torch.arange(len(x), device=x.device) < live)[:, None]
+        mean = wide.sum(0) / n
+        var = torch.where(inside, wide - mean, 0).square().sum(0) / n
+        with torch.no_grad():
+            step = self.momentum * enough  # 0 where the statistics are left alone
+            self.running_mean.lerp_(mean, step)
+            self.running_var.lerp_(var * (n / (n - 1).clamp(min=1)), step)
+            self.num_batches_tracked.add_(enough)
+        mean, var = torch.where(enough, mean, self.running_mean), torch.where(enough, var, self.running_var)
+        return ((wide - mean) * (torch.rsqrt(var + self.eps) * self.weight) + self.bias).to(x.dtype)
 
 
 class UNet3D(nn.Module):
@@ -192,7 +213,7 @@ class UNet3D(nn.Module):
         for level in reversed(range(self.levels - 1)):
             x = self.up[level](x, pyramid.down[level].transposed)
             x = self.decode[level](torch.cat([skips[level], x], 1), pyramid.same[level])
-        return voxel_to_point(self.norm(x), pyramid)
+        return voxel_to_point(self.norm(x, pyramid.same[0].live), pyramid)
 
 
 # ---- fusion --------------------------------------------------------------------------------------------------------
@@ -270,7 +291,7 @@ class ExternalAttention(nn.Module):
     """Multi-head attention to 64 learned memory slots instead of to the other points (Guo et al., 2022).
 
     Softmax over the N points of the *whole batch*, then each point's slots divided by their sum: a point's output depends on
-    what else is in the batch. It stays in fp32, since its values are about 1/N.
+    what else is in the batch. It stays in fp32 under autocast, since its values are about 1/N.
 
     `key.bias` is there for the released checkpoints only: it shifts all points of a slot alike, and the softmax over the points
     takes that away again.
@@ -324,9 +345,11 @@ class Fusion(nn.Module):
 
     def forward(self, map_2d: Tensor, feat_3d: Tensor, frame: Tensor, pixel: Tensor) -> Tensor:
         x2, x3 = pixel_to_point(self.cbam(map_2d.detach()), frame, pixel), feat_3d.detach()
-        x = torch.cat([self.attend_2d(x2) + x2, self.attend_3d(x3) + x3], 1)
-        x = F.relu(self.mix(x))
-        return F.relu(self.norm(self.out(self.attend(x) + x)))
+        with torch.autocast(x2.device.type, enabled=False):
+            x2 = x2.to(self.mix.weight.dtype)
+            x = torch.cat([self.attend_2d(x2) + x2, self.attend_3d(x3) + x3], 1)
+            x = F.relu(self.mix(x))
+            return F.relu(self.norm(self.out(self.attend(x) + x)))
 
 
 # ---- the model -----------------------------------------------------------------------------------------------------
@@ -380,12 +403,21 @@ class CrossModal(nn.Module):
         m: channels of the 3D features, 16 in the paper.
         fusion: False gives xMUDA's network, whose main 2D head sees the image alone.
         dropout: of the 2D encoder and of the attention; (0.4, 0.2) in the paper.
+        precision: of the trunks, where the time goes: "fp32", or "bf16" by autocast, with the parameters kept in fp32. Fusion
+            (its attention has values of 1/N), heads and losses compute in fp32 either way, on a CPU the sparse trunk too.
     """
 
     def __init__(
-        self, classes: int, width: int = 64, m: int = 16, fusion: bool = True, dropout: tuple[float, float] = (0.4, 0.2)
+        self,
+        classes: int,
+        width: int = 64,
+        m: int = 16,
+        fusion: bool = True,
+        dropout: tuple[float, float] = (0.4, 0.2),
+        precision: str = "fp32",
     ) -> None:
         super().__init__()
+        self.bf16 = precision == "bf16"
         # Channels last: convolutions on a CPU and on tensor cores want it, and a point then reads the features of its
         # pixel in one piece.
         self.net_2d = Net2D(classes, width, width + m if fusion else 0, dropout[0])
@@ -397,10 +429,12 @@ class CrossModal(nn.Module):
         """image (B, 3, H, W), pixel (N, 2) row, col, coords (N, 4) b, x, y, z -> four logits (N, K)."""
         frame = coords[:, 0].long()
         pyramid = pyramid or kernels.pyramid(coords, self.net_3d.trunk.levels)
-        map_2d = self.net_2d.trunk(image.contiguous(memory_format=torch.channels_last))
-        feat_3d = self.net_3d.trunk(torch.ones(len(coords), 1, device=image.device, dtype=image.dtype), pyramid)
-        fused = self.fusion(map_2d, feat_3d, frame, pixel) if self.fusion is not None else None
-        main_2d, mimic_2d = self.net_2d.heads(pixel_to_point(map_2d, frame, pixel), fused)
+        exact = self.net_3d.main.weight.dtype
+        with torch.autocast(image.device.type, torch.bfloat16, enabled=self.bf16):
+            map_2d = self.net_2d.trunk(image.contiguous(memory_format=torch.channels_last))
+            feat_3d = self.net_3d.trunk(image.new_ones(len(coords), 1), pyramid).to(exact)
+            fused = self.fusion(map_2d, feat_3d, frame, pixel) if self.fusion is not None else None
+        main_2d, mimic_2d = self.net_2d.heads(pixel_to_point(map_2d, frame, pixel).to(exact), fused)
         return Logits(main_2d, self.net_3d.main(feat_3d), mimic_2d, self.net_3d.mimic(feat_3d))
 
 

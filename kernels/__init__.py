@@ -7,16 +7,21 @@ same pairs. `FTD_KERNELS=torch|triton` overrides the choice; `backend()` says wh
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from ftdpp.kernels import reference
 from ftdpp.kernels.maps import KernelMap, Pyramid
-from ftdpp.kernels.reference import pixel_to_point, voxel_mean, voxel_to_point
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 __all__ = [
     "KernelError",
@@ -33,6 +38,24 @@ __all__ = [
 
 class KernelError(ValueError):
     """FTD_KERNELS asks for an implementation that is unknown or cannot run here."""
+
+
+def _eager(f: Callable[P, R]) -> Callable[P, R]:
+    """Under torch.compile, f runs between the compiled pieces: its maps change with every batch.
+
+    That is what the decorator torch.compiler.disable does; importing what it needs takes a second, so only who compiles pays.
+    """
+
+    @functools.wraps(f)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return torch.compiler.disable(f)(*args, **kwargs) if torch.compiler.is_compiling() else f(*args, **kwargs)
+
+    return call
+
+
+voxel_mean = _eager(reference.voxel_mean)
+voxel_to_point = _eager(reference.voxel_to_point)
+pixel_to_point = _eager(reference.pixel_to_point)
 
 
 def backend(device: str | torch.device) -> tuple[str, str]:
@@ -66,25 +89,42 @@ def backend(device: str | torch.device) -> tuple[str, str]:
     return "torch", f"plain PyTorch on a CPU; point pooling: {pooling}"
 
 
-def pyramid(coords: Tensor, levels: int = 7) -> Pyramid:
-    """The maps of a sparse U-Net over points (N, 4) b, x, y, z, built by the implementation for their device."""
-    if backend(coords.device)[0] == "torch":
+@_eager
+def pyramid(coords: Tensor, levels: int = 7, count: Tensor | None = None) -> Pyramid:
+    """The maps of a sparse U-Net over points (N, 4) b, x, y, z, built by the implementation for their device.
+
+    Args:
+        count: () int64 on the device: only the first `count` rows are points. For CUDA graphs, which replay fixed sizes; see
+            `kernels.hash`.
+    Raises:
+        KernelError: `count` where plain PyTorch runs, which has no use for it.
+    """
+    name, why = backend(coords.device)
+    if name == "torch":
+        if count is not None:
+            raise KernelError(f"padded maps are Triton's, and plain PyTorch runs here ({why}): pass the points alone")
         return Pyramid(coords, levels)
     from ftdpp.kernels.hash import HashPyramid  # imports triton
 
-    return HashPyramid(coords, levels)
+    return HashPyramid(coords, levels, count)
 
 
+@_eager
 def sparse_conv(x: Tensor, weight: Tensor, kmap: KernelMap) -> Tensor:
     """Sparse convolution `y[o] = sum over the pairs (i, o) of offset k: x[i] @ weight[k]`, on the map of either pyramid.
 
     Args:
         x: (N_in, Cin). weight: (K, Cin, Cout). kmap: of `Pyramid.same`, `.down` or `.down[l].transposed`.
     Returns:
-        (N_out, Cout).
+        (N_out, Cout). Under autocast Triton computes in its dtype; plain PyTorch stays in fp32, which is faster on a CPU.
     Raises:
-        ValueError: when the shapes do not fit the map.
+        ValueError: the shapes do not fit the map, or Triton is asked for dtypes that differ or are not fp32, fp16 or bf16.
     """
+    if x.shape != (kmap.n_in, weight.shape[1]) or len(weight) != kmap.offsets:
+        raise ValueError(
+            f"sparse_conv: input {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit a map of "
+            f"{kmap.n_in} input voxels and {kmap.offsets} offsets"
+        )
     if isinstance(kmap, KernelMap):
         return reference.sparse_conv(x, weight, kmap)
     from ftdpp.kernels import gemm

@@ -29,22 +29,28 @@ class Check:
         return self.repeats and self.deviation <= ALLOWED[self.dtype]  # NaN is not
 
 
-def _dense(x: Tensor, coords: Tensor, size: int) -> Tensor:
-    """Rows (V, C) as a grid (2, C, size, size, size), empty cells 0."""
+def _grid(x: Tensor, coords: Tensor, size: int) -> Tensor:
+    """Rows (V, C) as a grid (B, C, size, size, size), empty cells 0."""
     b, i, j, k = coords.long().unbind(1)
-    return x.new_zeros(2, x.shape[1], size, size, size).index_put((b, torch.arange(x.shape[1])[:, None], i, j, k), x.t())
+    frames = int(b.max()) + 1 if len(b) else 1
+    return x.new_zeros(frames, x.shape[1], size, size, size).index_put((b, torch.arange(x.shape[1])[:, None], i, j, k), x.t())
 
 
-def _convolved(kind: str, x: Tensor, w: Tensor, fine: Tensor, coarse: Tensor) -> Tensor:
-    """The convolution as PyTorch's dense one, read off at the voxels of the output."""
+def dense_convolution(kind: str, x: Tensor, w: Tensor, fine: Tensor, coarse: Tensor, size: int) -> Tensor:
+    """The convolution as PyTorch's dense one on a grid of an even size, read off at the voxels of the output.
+
+    Args:
+        kind: "submanifold", "strided" or "inverse". x: (N_in, Cin). w: (K, Cin, Cout).
+        fine, coarse: (V, 4) voxels of two neighbouring levels, none negative; a submanifold convolution is on the fine one.
+    """
     side = (3, 3, 3) if kind == "submanifold" else (2, 2, 2)
     kernel = w.view(*side, *w.shape[1:])
     if kind == "inverse":
-        grid, out = F.conv_transpose3d(_dense(x, coarse, GRID // 2), kernel.permute(3, 4, 0, 1, 2), stride=2), fine
+        grid, out = F.conv_transpose3d(_grid(x, coarse, size // 2), kernel.permute(3, 4, 0, 1, 2), stride=2), fine
     elif kind == "strided":
-        grid, out = F.conv3d(_dense(x, fine, GRID), kernel.permute(4, 3, 0, 1, 2), stride=2), coarse
+        grid, out = F.conv3d(_grid(x, fine, size), kernel.permute(4, 3, 0, 1, 2), stride=2), coarse
     else:
-        grid, out = F.conv3d(_dense(x, fine, GRID), kernel.permute(4, 3, 0, 1, 2), padding=1), fine
+        grid, out = F.conv3d(_grid(x, fine, size), kernel.permute(4, 3, 0, 1, 2), padding=1), fine
     b, i, j, k = out.long().unbind(1)
     return grid[b, :, i, j, k]
 
@@ -76,7 +82,7 @@ def run(device: torch.device) -> list[Check]:
             w = torch.randn(27 if kind == "submanifold" else 8, 24, 40, generator=g).to(DTYPES[dtype])
             grad = torch.randn(len(coarse if kind == "strided" else fine), 40, generator=g).to(DTYPES[dtype])
             exact = x.double().requires_grad_(), w.double().requires_grad_()
-            y = _convolved(kind, *exact, fine, coarse)
+            y = dense_convolution(kind, *exact, fine, coarse, GRID)
             true = [y, *torch.autograd.grad(y, exact, grad.double())]
             runs = []
             try:

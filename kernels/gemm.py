@@ -173,16 +173,11 @@ class _SparseConv(torch.autograd.Function):
 
 
 def sparse_conv(x: Tensor, weight: Tensor, m: SlotMap) -> Tensor:
-    """`reference.sparse_conv` by Triton; under autocast in its dtype.
+    """`kernels.sparse_conv` by Triton; under autocast in its dtype.
 
     Raises:
-        ValueError: when the shapes do not fit the map, or the dtypes differ or are not fp32, fp16 or bf16.
+        ValueError: the dtypes differ or are not fp32, fp16 or bf16.
     """
-    if x.shape != (m.n_in, weight.shape[1]) or len(weight) != len(m.idx):
-        raise ValueError(
-            f"sparse_conv: input {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit a map of "
-            f"{m.n_in} input voxels and {len(m.idx)} offsets"
-        )
     if torch.is_autocast_enabled(x.device.type):
         x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
     if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):

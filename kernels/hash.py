@@ -2,6 +2,10 @@
 
 One sort of the points, one insertion, one look-up kernel for all levels, and one synchronisation with the host (how many voxels
 each level has). The voxels of all levels form one list, finest level first; `base[l]` is where level l begins.
+
+A CUDA graph replays launches of fixed sizes, so for it the host must not need that number. *Padded* maps give every level room
+for as many voxels as there may be points; the places left over hold a negative key. Such a voxel is no one's neighbour and in no
+pair, so the convolutions write zeros for it; only BatchNorm has to know how many rows count (`SlotMap.live`).
 """
 
 from __future__ import annotations
@@ -15,9 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ftdpp.kernels.maps import Pyramid, axis_masks, check_coords, pack
+from ftdpp.kernels.maps import AXIS_BITS, FRAME_BITS, Pyramid, axis_masks, check_coords, pack
 
 LANES = {"BLOCK": 256, "num_warps": 4}  # two entries a thread; with one, ptxas spills a register pair of find_neighbours
+NO_POINT = 1 << (3 * AXIS_BITS + FRAME_BITS)  # behind every key, on every level
 TAG = 3  # bits below a key that hold its level
 # A kernel is compiled once, not again for each size, nor for where in memory a level's part of a list begins.
 ANY_SIZE = ["count", "size"]
@@ -34,6 +39,7 @@ class SlotMap:
     mask: (n_out,) int32, bit k set where idx[k] is there.
     pair_in, pair_out: int32 lists of the same pairs, offset by offset; those of offset k are `first[k]:last[k]`.
     back: the map of the input gradient; None: this one with its offsets in reverse order, as in a submanifold convolution.
+    live: () int64, how many of the n_in rows are voxels; None where all are.
     """
 
     idx: Tensor
@@ -46,6 +52,11 @@ class SlotMap:
     n_in: int
     n_out: int
     back: SlotMap | None = None
+    live: Tensor | None = None
+
+    @property
+    def offsets(self) -> int:
+        return len(self.idx)
 
     @property
     def transposed(self) -> SlotMap:
@@ -65,16 +76,16 @@ def _place(key, size):
 def hash_insert(keys, table_key, table_row, count, size, BLOCK: tl.constexpr):
     """Enter `keys[i] -> i`: from a key's place on, the first free entry is taken by compare-and-swap.
 
-    keys (count,) int64, each once, none negative; table_key (size + BLOCK,) int64 filled with -1; table_row (size,) int32.
-    Grid: count / BLOCK. A swap takes no mask: a lane that is done swaps at its own entry, in vain, and lanes without a key
+    keys (count,) int64, each once, negative ones left out; table_key (size + BLOCK,) int64 filled with -1; table_row (size,)
+    int32. Grid: count / BLOCK. A swap takes no mask: a lane that is done swaps at its own entry, in vain, and lanes without a key
     swap in the BLOCK entries behind the table. No order between swaps is needed, since look-ups are another launch.
     Bytes: about 8 read and 12 written a key, at random places.
     """
     lane = tl.arange(0, BLOCK)
     i = tl.program_id(0).to(tl.int64) * BLOCK + lane
-    live = i < count
+    key = tl.load(keys + i, mask=i < count, other=-1)
+    live = key >= 0
     todo = live
-    key = tl.load(keys + i, mask=live, other=0)
     at = _place(key, size)
     while tl.max(todo.to(tl.int32), 0) > 0:
         free = tl.full([BLOCK], -1, tl.int64)
@@ -112,13 +123,14 @@ def find_neighbours(keys, base, axes, table_key, table_row, idx, mask, count, si
     """The 27 neighbours of every voxel of every level.
 
     Offset k = (dx+1)*9 + (dy+1)*3 + (dz+1): idx[k, v] is the row, within its level, of the voxel at coords[v] + d_k.
-    keys (count,) int64, level in the low bits; base int64, first voxel of each level; axes (levels, 3) int64, the bits of
-    x, y, z in a key; idx (27, count) int32, mask (count,) int32. Grid: count / BLOCK.
+    keys (count,) int64, level in the low bits, negative for no voxel; base int64, first voxel of each level; axes (levels, 3)
+    int64, the bits of x, y, z in a key; idx (27, count) int32, mask (count,) int32. Grid: count / BLOCK.
     Bytes: 8 read and 112 written a voxel, 27 look-ups of 8 to 12 at random places.
     """
     v = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    live = v < count
-    key = tl.load(keys + v, mask=live, other=0)
+    inside = v < count
+    key = tl.load(keys + v, mask=inside, other=-1)
+    live = key >= 0
     level = key & 7
     start = tl.load(base + level, mask=live, other=0)
     x = tl.load(axes + level * 3, mask=live, other=1)
@@ -132,10 +144,10 @@ def find_neighbours(keys, base, axes, table_key, table_row, idx, mask, count, si
         py, on_y = _step(key & y, y, k // 3 % 3 - 1)
         pz, on_z = _step(key & z, z, k % 3 - 1)
         found = _find(rest | px | py | pz, live & on_x & on_y & on_z, table_key, table_row, size, BLOCK)
-        tl.store(cells, tl.where(found >= 0, found - start, -1).to(tl.int32), mask=live)
+        tl.store(cells, tl.where(found >= 0, found - start, -1).to(tl.int32), mask=inside)
         bits = bits | ((found >= 0).to(tl.int32) << k)
         cells += count
-    tl.store(mask + v, bits, mask=live)
+    tl.store(mask + v, bits, mask=inside)
 
 
 @triton.jit(do_not_specialize=ANY_SIZE, do_not_specialize_on_alignment=ANY_PLACE)
@@ -175,7 +187,7 @@ def _axes(levels: int, device: torch.device) -> Tensor:
     return torch.tensor([[m << TAG for m in axis_masks(level)] for level in range(levels)], device=device)
 
 
-def _submanifold(keys: Tensor, base: Tensor, sizes: list[int]) -> list[SlotMap]:
+def _submanifold(keys: Tensor, base: Tensor, sizes: list[int], live: list[Tensor] | list[None]) -> list[SlotMap]:
     """Maps of the 3x3x3 convolutions of all levels. keys (total,) with their level below; base (levels + 1,)."""
     total, levels, device = len(keys), len(sizes) - 1, keys.device
     axes = _axes(levels, device)
@@ -195,67 +207,89 @@ def _submanifold(keys: Tensor, base: Tensor, sizes: list[int]) -> list[SlotMap]:
     seg = before[(torch.arange(27, device=device) * total)[:, None] + base]  # (27, levels + 1)
     seg = seg.t().contiguous()
     return [
-        SlotMap(idx[:, a:b], row[a:b], mask[a:b], pair_in, pair_out, seg[level], seg[level + 1], b - a, b - a)
-        for level, (a, b) in enumerate(pairwise(sizes))
+        SlotMap(idx[:, a:b], row[a:b], mask[a:b], pair_in, pair_out, seg[n], seg[n + 1], b - a, b - a, live=live[n])
+        for n, (a, b) in enumerate(pairwise(sizes))
     ]
 
 
-def _strided(keys: Tensor, parent: Tensor, base: Tensor, sizes: list[int]) -> list[SlotMap]:
+def _strided(keys: Tensor, parent: Tensor, base: Tensor, sizes: list[int], live: list[Tensor] | list[None]) -> list[SlotMap]:
     """Maps of the 2x2x2 convolutions between neighbouring levels; parent (sizes[-2],) row of each voxel's parent."""
     fine, device, levels = sizes[-2], keys.device, len(sizes) - 1
     coarse = sizes[-1] - sizes[1]  # the voxels of levels 1 and up
-    level, octant = keys[:fine] & 7, keys[:fine] >> TAG & 7
+    level = keys[:fine] & 7
+    octant = torch.where(keys[:fine] < 0, 8, keys[:fine] >> TAG & 7)  # the ninth group, of what is no voxel, is dropped below
     child = torch.arange(fine, device=device) - base[level]
     column = base[level + 1] - sizes[1] + parent
 
     # Down: a parent meets up to eight children.
-    idx = torch.full((8, coarse), -1, dtype=torch.int32, device=device)
+    idx = torch.full((9, coarse), -1, dtype=torch.int32, device=device)
     idx.view(-1)[octant * coarse + column] = child.int()
+    idx = idx[:8]
     mask = ((idx >= 0).int() << torch.arange(8, device=device, dtype=torch.int32)[:, None]).sum(0)
     above = keys[sizes[1] :] & 7
     order = torch.argsort(above << 8 | mask, stable=True)
     down = idx[:, order], (order + sizes[1] - base[above]).int(), mask[order].int()
 
     # Up: a child meets its one parent, under its octant. In this order the slots are the list of pairs, too.
-    order = torch.argsort(level << 3 | octant, stable=True)
+    group = level * 9 + octant
+    order = torch.argsort(group, stable=True)
     pair_in, pair_out = child[order].int(), parent[order].int()
-    idx = torch.full((8, fine), -1, dtype=torch.int32, device=device)
+    idx = torch.full((9, fine), -1, dtype=torch.int32, device=device)
     idx.view(-1)[octant[order] * fine + torch.arange(fine, device=device)] = pair_out
-    up = idx, pair_in, (1 << octant[order]).int()
-    seg = _starts(level << 3 | octant, 8 * (levels - 1))
+    up = idx[:8], pair_in, (1 << octant[order] & 255).int()
+    seg = _starts(group, 9 * (levels - 1))
 
     maps = []
     for n in range(levels - 1):
-        (a, b, c), lists = sizes[n : n + 3], (seg[8 * n : 8 * n + 8], seg[8 * n + 1 : 8 * n + 9])
+        (a, b, c), lists = sizes[n : n + 3], (seg[9 * n : 9 * n + 8], seg[9 * n + 1 : 9 * n + 9])
         col = slice(b - sizes[1], c - sizes[1])
-        inverse = SlotMap(up[0][:, a:b], up[1][a:b], up[2][a:b], pair_out, pair_in, *lists, c - b, b - a)
-        maps.append(SlotMap(down[0][:, col], down[1][col], down[2][col], pair_in, pair_out, *lists, b - a, c - b, inverse))
+        inverse = SlotMap(up[0][:, a:b], up[1][a:b], up[2][a:b], pair_out, pair_in, *lists, c - b, b - a, live=live[n + 1])
+        there = down[0][:, col], down[1][col], down[2][col]
+        maps.append(SlotMap(*there, pair_in, pair_out, *lists, b - a, c - b, inverse, live[n]))
     return maps
 
 
 class HashPyramid(Pyramid):
-    """`maps.Pyramid` by Triton: the same voxels in the same order and the same pairs, as `SlotMap`s."""
+    """`maps.Pyramid` by Triton: the same voxels in the same order and the same pairs, as `SlotMap`s.
 
-    def __init__(self, coords: Tensor, levels: int = 7) -> None:
+    Args:
+        count: () int64 on the device, for padded maps: the points are the first `count` rows, and what lies behind them is
+            ignored. Every level then has len(coords) rows, its voxels first, and nothing waits for the GPU.
+    """
+
+    def __init__(self, coords: Tensor, levels: int = 7, count: Tensor | None = None) -> None:
         check_coords(coords)
         if levels > 1 << TAG:
             raise ValueError(f"a pyramid has at most {1 << TAG} levels; found {levels}")
-        keys, self.order = torch.sort(pack(coords), stable=True)
-        depth = torch.arange(levels, device=keys.device)
+        n, device = len(coords), coords.device
+        point = torch.arange(n, device=device)
+        valid = torch.ones_like(point, dtype=torch.bool) if count is None else point < count
+        keys = pack(coords * valid[:, None])
+        keys, self.order = torch.sort(torch.where(valid, keys, NO_POINT), stable=True)  # now, too, the first `count` are valid
+        depth = torch.arange(levels, device=device)
         at_level = keys >> (3 * depth)[:, None]  # (levels, N), each row sorted
-        new = torch.ones_like(at_level, dtype=torch.bool)
-        new[:, 1:] = at_level[:, 1:] != at_level[:, :-1]
-        base = torch.cat([depth[:1], new.sum(1).cumsum(0)])
-        sizes = base.tolist()  # the one synchronisation
-        voxel = (new.flatten().cumsum(0) - 1).view(levels, -1)  # of each point on each level, in the list of all voxels
+        new = valid.expand(levels, n).clone()
+        new[:, 1:] &= at_level[:, 1:] != at_level[:, :-1]
+        counts, rank = new.sum(1), new.cumsum(1) - 1  # of each level's voxels; of each point's voxel on each level
+        if count is None:
+            base = torch.cat([depth[:1], counts.cumsum(0)])
+            sizes = base.tolist()  # the one synchronisation
+            live: list[Tensor] | list[None] = [None] * levels
+        else:
+            base, sizes = torch.arange(levels + 1, device=device) * n, [level * n for level in range(levels + 1)]
+            live = list(counts)
+            # Where there is padding, the last place of every level is free: there are fewer voxels than rows.
+            rank = torch.where(valid, rank, n - 1)
+        voxel = base[:-1, None] + rank  # in the list of all voxels
+        no_voxel = depth - (1 << TAG)
+        tagged = no_voxel.repeat_interleave(base.diff(), output_size=sizes[-1])
         # Points of one voxel write the same value, so it does not matter which of them comes last.
-        tagged = torch.empty(sizes[-1], dtype=torch.int64, device=keys.device)
-        tagged[voxel] = at_level << TAG | depth[:, None]
-        parent = torch.empty(sizes[-2], dtype=torch.int64, device=keys.device)
-        parent[voxel[:-1]] = voxel[1:] - base[1:-1, None]
+        tagged[voxel] = torch.where(valid, at_level << TAG | depth[:, None], no_voxel[:, None])
+        parent = torch.full((sizes[-2],), max(n - 1, 0), device=device)
+        parent[voxel[:-1]] = rank[1:]
         self.voxel = torch.empty_like(self.order)
-        self.voxel[self.order] = voxel[0]
-        self.start = _starts(voxel[0], sizes[1])
+        self.voxel[self.order] = rank[0]
+        self.start = _starts(rank[0], sizes[1])
         self.keys = [tagged[a:b] >> TAG for a, b in pairwise(sizes)]
-        self.same = _submanifold(tagged, base, sizes)
-        self.down = _strided(tagged, parent, base, sizes)
+        self.same = _submanifold(tagged, base, sizes, live)
+        self.down = _strided(tagged, parent, base, sizes, live)

@@ -11,6 +11,7 @@ once and serves the forward pass, the input gradient and the weight gradient.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,19 +91,40 @@ def unpack(keys: Tensor, level: int = 0) -> Tensor:
 class KernelMap:
     """The pairs of one sparse convolution with K offsets, N_in input and N_out output voxels.
 
-    pair_in, pair_out: (P,) int64, rows of each pair; the pairs of offset k are `seg[k]:seg[k + 1]`.
+    pair_in, pair_out: (P,) int64, rows of each pair, offset by offset. sizes: how many pairs each offset has.
     by_out, start_out: the pairs of output row i are `by_out[start_out[i]:start_out[i + 1]]`, so an output is the sum of one
         run: no scatter, no atomics, one order of addition.
     by_in, start_in: the same for input rows; the gradient with respect to the input runs the pairs backwards.
+    centre: the offset under which every row meets itself. Its pairs are not in the lists, because rows that are all there in
+        their order need no gathering: a quarter of the pairs of a LiDAR frame. None: there is no such offset.
     """
 
     pair_in: Tensor
     pair_out: Tensor
-    seg: list[int]
+    sizes: list[int]
     by_out: Tensor
     start_out: Tensor
     by_in: Tensor
     start_in: Tensor
+    centre: int | None = None
+    live = None  # all rows are voxels; `hash.SlotMap` may have more rows
+
+    @property
+    def offsets(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def n_in(self) -> int:
+        return len(self.start_in) - 1
+
+    @property
+    def n_out(self) -> int:
+        return len(self.start_out) - 1
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs there are, those of the centre included."""
+        return len(self.pair_in) + (0 if self.centre is None else self.n_out)
 
     @property
     def transposed(self) -> KernelMap:
@@ -139,36 +161,76 @@ def _steps(keys: Tensor, mask: int) -> tuple[Tensor, Tensor, Tensor]:
     return back, here, ahead
 
 
-def submanifold_map(keys: Tensor, level: int) -> KernelMap:
-    """Pairs of a 3x3x3 convolution whose outputs are its inputs.
-
-    Offset k = (dx+1)*9 + (dy+1)*3 + (dz+1); the pair (i, p) belongs to k when `coords[i] = coords[p] + d_k`.
+def search_neighbours(keys: Tensor, level: int) -> Tensor:
+    """Rows of half of the neighbours of every voxel, by binary search.
 
     Args:
         keys: (N,) int64, sorted and unique, of one level.
+    Returns:
+        (13, N) int64: the row of the voxel at coords + d_k under the offsets k = (dx+1)*9 + (dy+1)*3 + (dz+1) before the centre,
+        k = 13; N where there is none. The others are their mirror images.
     """
     n = len(keys)
     xs, ys, zs = (_steps(keys, mask) for mask in axis_masks(level))
     frame = keys >> (3 * (AXIS_BITS - level)) << (3 * (AXIS_BITS - level))
-    plane = [frame | x for x in xs]
-    row = torch.full((27, n), -1, dtype=torch.int64, device=keys.device)
-    row[13] = torch.arange(n, device=keys.device)
-    for k in range(13):  # offset 26-k is the mirror image of k: one search serves both
-        wanted = plane[k // 9] | ys[k // 3 % 3] | zs[k % 3]
-        found = torch.searchsorted(keys, wanted).clamp_(max=max(n - 1, 0))
-        p = (keys[found] == wanted).nonzero().squeeze(1)
-        i = found[p]
-        row[k, p], row[26 - k, i] = i, p
-    hit = row >= 0
-    rank = (hit.flatten().cumsum(0) - 1).view(27, n)  # position of a pair in the list ordered by offset
-    seg = [0, *hit.sum(1).cumsum(0).tolist()]
-    offset, pair_out = hit.nonzero(as_tuple=True)
-    pair_in = row[hit]
-    by_out = rank.t()[hit.t()]
-    start = _starts(hit.sum(0))
-    # Output p meets input i under k exactly when output i meets input p under 26-k.
-    by_in = rank[26 - offset[by_out], pair_in[by_out]]
-    return KernelMap(pair_in, pair_out, seg, by_out, start, by_in, start)
+    wanted = torch.stack([frame | xs[k // 9] | ys[k // 3 % 3] | zs[k % 3] for k in range(13)])
+    found = torch.searchsorted(keys, wanted).clamp_(max=max(n - 1, 0))
+    return found.masked_fill_(keys[found] != wanted, n)
+
+
+def children_neighbours(near: Tensor, parent: Tensor, octant: Tensor) -> Tensor:
+    """`search_neighbours` without a search: a neighbour of a child is a child of a neighbour of its parent.
+
+    A step of d from half o = 0, 1 of the parent along an axis ends in half `(o + d) & 1` of the parent `(o + d) >> 1` further on.
+
+    Args:
+        near: (27, V) rows of all the neighbours of the parents, V where there is none. parent, octant: (N,) of each child.
+    Returns:
+        (13, N).
+    """
+    n, parents = len(parent), near.shape[1]
+    child = torch.full(((parents + 1) * 8,), n, device=near.device)
+    child[parent * 8 + octant] = torch.arange(n, device=near.device)
+    d = torch.arange(-1, 2, device=near.device)[:, None]
+    x, y, z = (d + (octant >> bit & 1) for bit in (2, 1, 0))  # (3, N) each
+    step = [(x >> 1) * 9 * parents, (y >> 1) * 3 * parents, (z >> 1) * parents + 13 * parents + parent]
+    half = [(x & 1) * 4, (y & 1) * 2, z & 1]
+    at, within = ((t[0][:2, None, None] + t[1][:, None] + t[2]).flatten(0, 2)[:13] for t in (step, half))
+    return child.take(near.take(at).mul_(8).add_(within))
+
+
+def submanifold_map(before: Tensor) -> tuple[KernelMap, Tensor]:
+    """Pairs of a 3x3x3 convolution whose outputs are its inputs.
+
+    The pair (i, p) belongs to offset k when `coords[i] = coords[p] + d_k`; then (p, i) belongs to 26 - k.
+
+    Args:
+        before: (13, N) neighbours before the centre, N where there is none.
+    Returns:
+        the map, and all the neighbours (27, N).
+    """
+    n, device = before.shape[1], before.device
+    near = torch.full((27, n), n, device=device)
+    near[:13] = before
+    near[13] = torch.arange(n, device=device)
+    k, p = (before < n).nonzero(as_tuple=True)
+    i = before[k, p]
+    near[26 - k, i] = p
+    sizes = torch.bincount(k, minlength=13).tolist()
+    # The offsets after the centre, 14 to 26, are the mirror images of 12 to 0.
+    pair_in = torch.cat([i, *reversed(p.split(sizes))])
+    pair_out = torch.cat([p, *reversed(i.split(sizes))])
+    sizes = [*sizes, 0, *reversed(sizes)]
+    first = torch.tensor([0, *itertools.accumulate(sizes)], device=device)
+    here = torch.arange(len(k), device=device)
+    image = here + (first[26 - k] - first[k])
+    place = torch.full((n, 27), -1, device=device)
+    place[p, k], place[i, 26 - k] = here, image
+    by_out = place[place >= 0]
+    mirror = torch.empty_like(by_out)
+    mirror[here], mirror[image] = image, here
+    start = _starts(torch.bincount(pair_out, minlength=n))
+    return KernelMap(pair_in, pair_out, sizes, by_out, start, mirror[by_out], start, 13), near
 
 
 def strided_map(keys: Tensor) -> tuple[Tensor, KernelMap]:
@@ -181,9 +243,9 @@ def strided_map(keys: Tensor) -> tuple[Tensor, KernelMap]:
     by_octant = torch.argsort(octant, stable=True)
     rank = torch.empty_like(by_octant)
     rank[by_octant] = torch.arange(len(keys), device=keys.device)
-    seg = [0, *torch.bincount(octant, minlength=8).cumsum(0).tolist()]
+    sizes = torch.bincount(octant, minlength=8).tolist()
     return parents, KernelMap(
-        by_octant, parent[by_octant], seg, rank, _starts(children), rank, torch.arange(len(keys) + 1, device=keys.device)
+        by_octant, parent[by_octant], sizes, rank, _starts(children), rank, torch.arange(len(keys) + 1, device=keys.device)
     )
 
 
@@ -211,13 +273,19 @@ class Pyramid:
             self.voxel[self.order] = voxel
             self.start = _starts(counts)
             self.keys = [keys]
-            self.same: list[Any] = [submanifold_map(keys, 0)]  # Any: `hash.SlotMap` in the subclass
-            self.down: list[Any] = []
-            for level in range(1, levels):
+            self.down: list[Any] = []  # Any: `hash.SlotMap` in the subclass
+            for _ in range(1, levels):
                 keys, down = strided_map(keys)
                 self.keys.append(keys)
                 self.down.append(down)
-                self.same.append(submanifold_map(keys, level))
+            before = search_neighbours(keys, levels - 1)
+            self.same: list[Any] = []
+            for level in reversed(range(levels)):
+                same, near = submanifold_map(before)
+                self.same.insert(0, same)
+                if level:
+                    down = self.down[level - 1]
+                    before = children_neighbours(near, down.pair_out[down.by_in], self.keys[level - 1] & 7)
 
     def coords(self, level: int = 0) -> Tensor:
         """(V, 4) int32 voxels of a level in row order."""

@@ -28,58 +28,46 @@ def segment_sum(x: Tensor, rows: Tensor, start: Tensor) -> Tensor:
     return F.embedding_bag(rows, x, start, mode="sum", include_last_offset=True)
 
 
-def _products(x: Tensor, rows: Tensor, weight: Tensor, seg: list[int]) -> tuple[Tensor, Tensor]:
-    """Gathered rows (P, Cin) and their products (P, Cout) with the weight of their offset, (K, Cin, Cout)."""
-    gathered = x.index_select(0, rows)
-    out = x.new_empty(len(rows), weight.shape[2])
-    for k in range(len(seg) - 1):
-        if seg[k] < seg[k + 1]:
-            torch.mm(gathered[seg[k] : seg[k + 1]], weight[k], out=out[seg[k] : seg[k + 1]])
-    return gathered, out
+def _products(rows: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
+    """Rows (P, Cin), ordered by offset, times the weight of their offset, (K, Cin, Cout) -> (P, Cout)."""
+    out = rows.new_empty(len(rows), weight.shape[2])
+    for some, w, y in zip(rows.split(sizes), weight.unbind(0), out.split(sizes), strict=True):
+        torch.mm(some, w, out=y)
+    return out
+
+
+def _convolve(rows: Tensor, x: Tensor, weight: Tensor, kmap: KernelMap) -> Tensor:
+    """Output of a convolution; rows (P, Cin) are those of x that the pairs name."""
+    y = segment_sum(_products(rows, weight, kmap.sizes), kmap.by_out, kmap.start_out)
+    return y if kmap.centre is None else y.addmm_(x, weight[kmap.centre])
 
 
 class _SparseConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, kmap: KernelMap) -> Tensor:
-        gathered, products = _products(x, kmap.pair_in, weight, kmap.seg)
+        rows = x.index_select(0, kmap.pair_in)
         ctx.kmap = kmap
-        ctx.save_for_backward(gathered, weight)
-        return segment_sum(products, kmap.by_out, kmap.start_out)
+        ctx.save_for_backward(rows, x, weight)
+        return _convolve(rows, x, weight, kmap)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        gathered, weight = ctx.saved_tensors
+        rows, x, weight = ctx.saved_tensors
         kmap: KernelMap = ctx.kmap
-        grad_x = grad_w = None
+        grad_rows, grad_x, grad_w = grad.index_select(0, kmap.pair_out), None, None
         if ctx.needs_input_grad[0]:
-            grad_pairs, products = _products(grad, kmap.pair_out, weight.transpose(1, 2), kmap.seg)
-            grad_x = segment_sum(products, kmap.by_in, kmap.start_in)
-        else:
-            grad_pairs = grad.index_select(0, kmap.pair_out)
+            grad_x = _convolve(grad_rows, grad, weight.transpose(1, 2), kmap.transposed)
         if ctx.needs_input_grad[1]:
-            grad_w = torch.zeros_like(weight)
-            for k in range(weight.shape[0]):
-                pairs = slice(kmap.seg[k], kmap.seg[k + 1])
-                torch.mm(gathered[pairs].t(), grad_pairs[pairs], out=grad_w[k])
+            grad_w = torch.empty_like(weight)
+            for some, g, w in zip(rows.split(kmap.sizes), grad_rows.split(kmap.sizes), grad_w.unbind(0), strict=True):
+                torch.mm(some.t(), g, out=w)
+            if kmap.centre is not None:
+                torch.mm(x.t(), grad, out=grad_w[kmap.centre])
         return grad_x, grad_w, None
 
 
 def sparse_conv(x: Tensor, weight: Tensor, kmap: KernelMap) -> Tensor:
-    """Sparse convolution `y[o] = sum over pairs (i, o) of offset k: x[i] @ weight[k]`.
-
-    Args:
-        x: (N_in, Cin). weight: (K, Cin, Cout). kmap: the pairs, see `kernels.maps`.
-    Returns:
-        (N_out, Cout).
-    Raises:
-        ValueError: when the shapes do not fit the map.
-    """
-    n_in, offsets = len(kmap.start_in) - 1, len(kmap.seg) - 1
-    if x.shape != (n_in, weight.shape[1]) or weight.shape[0] != offsets:
-        raise ValueError(
-            f"sparse_conv: input {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit a map of "
-            f"{n_in} input voxels and {offsets} offsets"
-        )
+    """`kernels.sparse_conv` in plain PyTorch."""
     return _SparseConv.apply(x, weight, kmap)
 
 
@@ -93,7 +81,7 @@ def _sum_points(x: Tensor, pyramid: Pyramid) -> Tensor:
 class _VoxelMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, pyramid: Pyramid) -> Tensor:
-        ctx.pyramid, ctx.count = pyramid, pyramid.start.diff().unsqueeze(1).to(x.dtype)
+        ctx.pyramid, ctx.count = pyramid, pyramid.start.diff().clamp_(min=1).unsqueeze(1).to(x.dtype)
         return _sum_points(x, pyramid) / ctx.count
 
     @staticmethod

@@ -160,7 +160,7 @@ class SparseConvNetRounding:
             self.order.clear()
             return out
 
-        def norm(layer: SparseBatchNorm, x: Tensor) -> Tensor:
+        def norm(layer: SparseBatchNorm, x: Tensor, live: None = None) -> Tensor:
             out = exact_norm(layer, x.clone())
             if not layer.training or len(x) not in self.order:
                 return out

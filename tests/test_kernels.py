@@ -6,12 +6,12 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ftdpp import kernels
 from ftdpp.kernels import Pyramid, check, pixel_to_point, reference, sparse_conv, voxel_mean, voxel_to_point
 from ftdpp.kernels.maps import KernelMap, pack, unpack
+from ftdpp.models import UNet3D
 
 SIZES = [1, 2, 63, 97, 257]
 
@@ -20,17 +20,6 @@ def cloud(n: int, size: int = 8, frames: int = 2, low: int = 0) -> Tensor:
     g = torch.Generator().manual_seed(n)
     xyz = torch.randint(low, low + size, (n, 3), generator=g)
     return torch.cat([torch.randint(0, frames, (n, 1), generator=g), xyz], 1).int()
-
-
-def dense(x: Tensor, coords: Tensor, size: int, frames: int = 2) -> Tensor:
-    grid = x.new_zeros(frames, x.shape[1], size, size, size)
-    b, i, j, k = coords.long().unbind(1)
-    return grid.index_put((b, torch.arange(x.shape[1])[:, None], i, j, k), x.t())
-
-
-def at(grid: Tensor, coords: Tensor) -> Tensor:
-    b, i, j, k = coords.long().unbind(1)
-    return grid[b, :, i, j, k]
 
 
 @pytest.mark.parametrize("low", [-40000 // 2, -7, 0, 4000])
@@ -80,16 +69,16 @@ def test_map_properties(n: int) -> None:
 
 
 def pairs(kmap: KernelMap) -> set[tuple[int, int, int]]:
-    found = [
-        (k, kmap.pair_in[j].item(), kmap.pair_out[j].item())
-        for k in range(len(kmap.seg) - 1)
-        for j in range(kmap.seg[k], kmap.seg[k + 1])
-    ]
-    assert len(set(found)) == len(found) == len(kmap.pair_in)
+    """(offset, input row, output row) of every pair."""
+    k = [k for k, size in enumerate(kmap.sizes) for _ in range(size)]
+    found = list(zip(k, kmap.pair_in.tolist(), kmap.pair_out.tolist(), strict=True))
+    if kmap.centre is not None:
+        found += [(kmap.centre, i, i) for i in range(kmap.n_out)]
+    assert len(set(found)) == len(found) == kmap.pairs
     for rows, order, start in ((kmap.pair_out, kmap.by_out, kmap.start_out), (kmap.pair_in, kmap.by_in, kmap.start_in)):
         assert torch.equal(rows[order], torch.repeat_interleave(torch.arange(len(start) - 1), start.diff()))
         assert torch.equal(order.sort().values, torch.arange(len(rows)))
-    return set(found)  # type: ignore[arg-type]
+    return set(found)
 
 
 @pytest.mark.parametrize(("cin", "cout"), [(1, 16), (16, 1), (24, 48)])
@@ -105,12 +94,7 @@ def test_convolution_matches_dense(kind: str, n: int, cin: int, cout: int) -> No
     w = torch.randn(offsets, cin, cout, dtype=torch.float64, requires_grad=True)
     kmap = {"submanifold": p.same[0], "strided": p.down[0], "inverse": p.down[0].transposed}[kind]
     out = sparse_conv(x, w, kmap)
-    if kind == "submanifold":
-        wanted = at(F.conv3d(dense(x, fine, 8), w.view(3, 3, 3, cin, cout).permute(4, 3, 0, 1, 2), padding=1), fine)
-    elif kind == "strided":
-        wanted = at(F.conv3d(dense(x, fine, 8), w.view(2, 2, 2, cin, cout).permute(4, 3, 0, 1, 2), stride=2), coarse)
-    else:
-        wanted = at(F.conv_transpose3d(dense(x, coarse, 4), w.view(2, 2, 2, cin, cout).permute(3, 4, 0, 1, 2), stride=2), fine)
+    wanted = check.dense_convolution(kind, x, w, fine, coarse, 8)
     upstream = torch.randn_like(out)
     grads = torch.autograd.grad(out, (x, w), upstream)
     expected = torch.autograd.grad(wanted, (x, w), upstream)
@@ -186,7 +170,7 @@ def test_neighbours_do_not_wrap_around_the_grid() -> None:
     far = 2**15 - 2
     coords = torch.tensor([[0, x, y, z] for x in (-far, far) for y in (-far, far) for z in (-far, far)])
     for level, same in enumerate(Pyramid(coords, 7).same):
-        assert len(same.pair_in) == 8, level
+        assert same.pairs == 8, level
 
 
 def test_check_is_green_here_and_red_where_an_operation_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,6 +184,24 @@ def test_check_is_green_here_and_red_where_an_operation_is_wrong(monkeypatch: py
     assert not check.run(cpu)[0].ok
     monkeypatch.setattr(kernels, "sparse_conv", lambda x, w, kmap: right(x, w, kmap) + 1e-6 * torch.rand(()))
     assert not check.run(cpu)[0].ok, "two runs differ"
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # PyTorch's compiler looks at it itself
+def test_compiled_network_is_the_same() -> None:
+    """torch.compile compiles what lies between the sparse operations, and leaves those alone; the sizes may change."""
+    torch.manual_seed(0)
+    net = UNet3D(4, 2).train()
+    compiled = torch.compile(net, backend="aot_eager")
+    for n in (50, 70):
+        p, feat = Pyramid(cloud(n), 2), torch.randn(n, 1)
+        found = []
+        for run in (net, compiled):
+            net.zero_grad()
+            out = run(feat, p)
+            out.square().sum().backward()
+            found.append([out, *(w.grad for w in net.parameters())])
+        for a, b in zip(*found, strict=True):
+            assert a is not None and b is not None and torch.equal(a, b)
 
 
 def test_backend_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 from ftdpp import kernels  # noqa: E402
-from ftdpp.kernels import Pyramid, gemm, hash, reference  # noqa: E402
+from ftdpp.kernels import Pyramid, gemm, hash, maps, reference  # noqa: E402
 from ftdpp.models import UNet3D  # noqa: E402
 
 SIZES = [1, 2, 63, 97, 150]
@@ -60,7 +61,9 @@ def test_pyramid_equals_the_reference(n: int) -> None:
     assert torch.equal(ours.coords(2).cpu(), theirs.coords(2))
     down = [(a.transposed, b.transposed) for a, b in zip(ours.down, theirs.down, strict=True)]
     for a, b in (*zip(ours.same, theirs.same, strict=True), *zip(ours.down, theirs.down, strict=True), *down):
-        wanted = set(zip(offsets_of(b.seg), b.pair_in.tolist(), b.pair_out.tolist(), strict=True))
+        wanted = set(zip(offsets_of(b.sizes), b.pair_in.tolist(), b.pair_out.tolist(), strict=True))
+        if b.centre is not None:
+            wanted |= {(b.centre, i, i) for i in range(b.n_out)}
         idx, row, mask = a.idx.cpu(), a.row.cpu(), a.mask.cpu()
         assert sorted(row.tolist()) == list(range(a.n_out))
         k, slot = (idx >= 0).nonzero(as_tuple=True)
@@ -76,8 +79,8 @@ def test_pyramid_equals_the_reference(n: int) -> None:
         assert set(listed) == wanted
 
 
-def offsets_of(seg: list[int]) -> list[int]:
-    return [k for k in range(len(seg) - 1) for _ in range(seg[k], seg[k + 1])]
+def offsets_of(sizes: list[int]) -> list[int]:
+    return [k for k, size in enumerate(sizes) for _ in range(size)]
 
 
 def test_neighbours_do_not_wrap_around_the_grid() -> None:
@@ -204,6 +207,67 @@ def test_whole_network(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(found[0]) == len(list(net.parameters())) + 1
     for name, wanted in found[0].items():
         assert_close(found[1][name], wanted.double(), 1e-3)
+
+
+@pytest.mark.parametrize("n", [0, 1, 30, 70])
+def test_padded_maps_change_nothing(n: int) -> None:
+    """With room for 70 points and rubbish behind the n that count: the same output, gradients and running statistics.
+
+    Sizes alone would do for one point or none, so the host never learns n: that is what a CUDA graph needs."""
+    torch.manual_seed(0)
+    coords, room = cloud(max(n, 1), 5)[:n], 70
+    padded = torch.cat([coords, torch.randint(-9, 9, (room - n, 4))]).to(DEVICE)
+    count = torch.tensor(n, device=DEVICE)
+    plain, net = hash.HashPyramid(coords.to(DEVICE), 3), UNet3D(4, 3).to(DEVICE).train()
+    roomy, other = hash.HashPyramid(padded, 3, count), UNet3D(4, 3).to(DEVICE).train()
+    other.load_state_dict(net.state_dict())
+    for a, b in zip(plain.keys, roomy.keys, strict=True):
+        assert torch.equal(a, b[: len(a)])
+        assert (b[len(a) :] < 0).all()
+        assert len(b) == room
+    assert torch.equal(plain.voxel, roomy.voxel[:n])
+    feat, upstream = torch.randn(room, 1, device=DEVICE), torch.linspace(-1, 1, 4, device=DEVICE)
+    out, found = net(feat[:n], plain), other(feat, roomy)[:n]
+    for y in (out, found):
+        (y * upstream).sum().backward()
+    assert_close(found, out.cpu().double(), 1e-4)
+    if n:  # without points BatchNorm's statistics are not a number
+        for (name, p), q in zip(net.named_parameters(), other.parameters(), strict=True):
+            assert p.grad is not None and q.grad is not None
+            assert torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-4 * float(p.grad.abs().max()) + 1e-6), name
+    for (name, a), b in zip(net.named_buffers(), other.buffers(), strict=True):
+        assert torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-7), name
+    other.eval()
+    assert_close(other(feat, roomy)[:n], net.eval()(feat[:n], plain).cpu().double(), 1e-4)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot hold: operations whose result, or whose size, the host has to learn."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "bincount"), name
+        boolean = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        assert not boolean, "an index of booleans"
+        return func(*args, **(kwargs or {}))
+
+
+def test_padded_maps_do_not_wait_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Maps, network and gradients in padded form run without one look at a number; the ordinary maps do not."""
+    if DEVICE == "cpu":  # pack checks coordinates on the host there
+        monkeypatch.setattr(hash, "pack", lambda coords: maps._interleave(coords.long()))
+    coords, net = cloud(40).to(DEVICE), UNet3D(4, 3).to(DEVICE).train()
+    feat, count = torch.ones(40, 1, device=DEVICE), torch.tensor(33, device=DEVICE)
+    with NoWaiting():
+        net(feat, hash.HashPyramid(coords, 3, count)).sum().backward()
+    with pytest.raises(AssertionError, match=r"nonzero|_local_scalar_dense|unique"), NoWaiting():
+        Pyramid(coords, 3)
+
+
+def test_padded_maps_are_tritons_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FTD_KERNELS", "torch")
+    with pytest.raises(kernels.KernelError, match="pass the points alone"):
+        kernels.pyramid(cloud(5), 3, torch.tensor(5))
 
 
 @pytest.mark.parametrize("n", [0, 1, 50])
