@@ -6,14 +6,18 @@ the measured copy rate, both taken in the same rounds. Rounds interleave all row
 
 from __future__ import annotations
 
+import copy
 import csv
 import datetime
+import importlib.metadata
+import importlib.util
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +25,7 @@ import torch
 
 from ftdpp import data, kernels, losses, train
 from ftdpp.kernels import Pyramid
-from ftdpp.models import UNet3D, update_teacher
+from ftdpp.models import CrossModal, UNet3D
 
 LOADS = 20  # frames loaded in one go: a single one takes too short
 
@@ -53,22 +57,31 @@ def unet_cost(net: UNet3D, pyramid: Pyramid) -> tuple[float, float]:
     flop = moved = 0.0
     for weight, kmap in layers:
         _, cin, cout = weight.shape
-        n_in, n_out = len(kmap.start_in) - 1, len(kmap.start_out) - 1
-        flop += 2.0 * len(kmap.pair_in) * cin * cout
-        moved += 4.0 * (n_in * cin + n_out * cout + weight.numel())
+        flop += 2.0 * kmap.pairs * cin * cout
+        moved += 4.0 * (kmap.n_in * cin + kmap.n_out * cout + weight.numel())
     return flop, moved
 
 
 Case = tuple[Callable[[], object], float, float]  # what to time, its FLOP, its bytes
 
 
-def run(root: Path, cache: Path, rounds: int, device: torch.device, batches: tuple[int, ...] = (1, 8)) -> list[dict[str, Any]]:
-    """Measure on the built-in world's usa -> singapore frames at `root`; medians over interleaved rounds."""
+def whole_sweep(points: np.ndarray) -> torch.Tensor:
+    """(M, 4) voxels b, x, y, z of 5 cm of all the points (M, 3+) of a sweep."""
+    xyz = np.floor(points[:, :3] * 20).astype(np.int32)
+    return torch.from_numpy(np.pad(xyz - xyz.min(0), ((0, 0), (1, 0))))
+
+
+def run(
+    root: Path, cache: Path, rounds: int, device: torch.device, batches: tuple[int, ...] = (1, 8), scans: Sequence[Path] = ()
+) -> list[dict[str, Any]]:
+    """Measure on the built-in world's usa -> singapore frames at `root`; medians over interleaved rounds.
+
+    Args:
+        batches: sizes of the batches of front-camera frames. scans: SemanticKITTI .bin files to time as well, whole.
+    """
     train.keep_freed_memory()
     gpu = device.type == "cuda"
-    r = losses.recipe("usa-singapore", "ftdpp", "small")
-    src = train.Source("usa", root).index("train", r, cache)
-    tgt = train.Source("singapore", root).index("train", r, cache)
+    src = train.Source("usa", root).index("train", losses.recipe("usa-singapore", "ftdpp", "small"), cache)
 
     side, mib = (8192, 1024) if gpu else (1024, 128)
     a, b = torch.randn(2, side, side, device=device)
@@ -81,6 +94,11 @@ def run(root: Path, cache: Path, rounds: int, device: torch.device, batches: tup
     for frames in batches:
         batch = data.collate([data.sample(src.frame(i), None, 0, np.random.default_rng(0)) for i in range(frames)])
         cases |= unet_cases(batch.coords, f"{frames} frame{'s' if frames > 1 else ''}", device)
+    sweep = data.read_frame(data.list_frames(root, data.DOMAINS["usa"], "train")[0]).points
+    cases |= unet_cases(whole_sweep(sweep), "a whole sweep", device)
+    for scan in scans:
+        points = np.fromfile(scan, np.float32).reshape(-1, 4)
+        cases |= unet_cases(whole_sweep(points), f"scan {'/'.join(scan.parts[-3::2])}", device)
 
     counter = iter(range(10**9))
 
@@ -90,12 +108,7 @@ def run(root: Path, cache: Path, rounds: int, device: torch.device, batches: tup
             data.sample(src.frame(i), data.Augment(), 0, np.random.default_rng(i))
 
     cases["load and augment a frame, one core"] = (load, 0.0, 0.0)
-    for method in ("source-only", "xmuda", "ftdpp"):
-        recipe = losses.recipe("usa-singapore", method, "small")
-        job = train.Run(Path(), recipe, 0, [src], tgt, None, device=device)
-        labelled, unlabelled = train.Batches(job.recipe, 0, [src], tgt)[0]
-        item = labelled.to(device), unlabelled.to(device) if unlabelled is not None else None
-        cases[f"training step, {method}, small preset, batch {recipe.batch}"] = (partial(whole_step, job, *item), 0.0, 0.0)
+    cases |= step_cases(root, cache, device)
 
     times: dict[str, list[float]] = {name: [] for name in cases}
     for i in range(rounds + 1):  # the first round warms up, and compiles
@@ -128,37 +141,181 @@ def run(root: Path, cache: Path, rounds: int, device: torch.device, batches: tup
 
 
 def unet_cases(coords: torch.Tensor, label: str, device: torch.device) -> dict[str, Case]:
-    """Maps, forward, and forward + backward with the maps built (warm) and not (cold), on points (N, 4)."""
+    """Maps, forward, and forward + backward with the maps built (warm) and not (cold), on points (N, 4); on a GPU in half
+    precision too; and spconv on the same voxels where it is installed."""
     net, flat = UNet3D(), Pyramid(coords)
     flop, moved = unet_cost(net, flat)
     net, coords = net.to(device), coords.to(device)
     feat, built = torch.ones(len(coords), 1, device=device), kernels.pyramid(coords)
     label = f"{label}, {len(flat.keys[0]):,} voxels"
+    cases: dict[str, Case] = {f"maps, {label}": (lambda: kernels.pyramid(coords), 0.0, 0.0)}
 
-    def forward() -> torch.Tensor:
+    def add(what: str, model: torch.nn.Module, call: Callable[[], torch.Tensor], half: bool) -> None:
+        def forward() -> torch.Tensor:
+            with torch.autocast(device.type, torch.float16, enabled=half):
+                return call()
+
+        def evaluate() -> None:
+            with torch.no_grad():
+                forward()
+
+        def learn() -> None:
+            model.zero_grad()
+            forward().sum().backward()
+
+        dtype, least = ", fp16" if half else "", moved / 2 if half else moved
+        cases[f"{what}, forward, {label}{dtype}"] = evaluate, flop, least
+        cases[f"{what}, forward+backward, {label}{dtype}"] = learn, 3 * flop, 3 * least
+
+    for half in (False, True) if device.type == "cuda" else (False,):
+        add("sparse U-Net m=16, maps warm", net, lambda: net(feat, built), half)
+        add("sparse U-Net m=16, maps cold", net, lambda: net(feat, kernels.pyramid(coords)), half)
+        if device.type == "cuda":
+            graphed = captured(net, coords, half)
+            add("sparse U-Net m=16, maps cold, in a CUDA graph", net, graphed, half)
+        if importlib.util.find_spec("spconv") is not None:
+            peer = SpconvUNet(net, built)
+            add(f"{peer.name}, maps cold", peer, peer, half)
+    return cases
+
+
+class PaddedUNet(torch.nn.Module):
+    """Maps and network in one call of fixed sizes: what a CUDA graph can hold."""
+
+    def __init__(self, net: UNet3D, half: bool) -> None:
+        super().__init__()
+        self.net, self.fp16 = net, half
+
+    def forward(self, coords: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        """coords (N, 4), of which the first `count` are points; returns (N, m)."""
+        with torch.autocast(coords.device.type, torch.float16, enabled=self.fp16, cache_enabled=False):
+            feat = torch.ones(len(coords), 1, device=coords.device)
+            return self.net(feat, kernels.pyramid(coords, self.net.levels, count))
+
+
+def captured(net: UNet3D, coords: torch.Tensor, half: bool) -> Callable[[], torch.Tensor]:
+    """The network on these points as a CUDA graph with room for a quarter more."""
+    padded = torch.cat([coords, torch.zeros_like(coords[: len(coords) // 4])])
+    args = padded, torch.tensor(len(coords), device=coords.device)
+    graph: Any = torch.cuda.make_graphed_callables(PaddedUNet(net, half), args)
+    return lambda: graph(*args)[: len(coords)]
+
+
+class SpconvUNet(torch.nn.Module):
+    """The same network with the same weights by spconv, on the same voxels. It gets them ready-made: there are no points to
+    average, and no rows to copy back to them. spconv is no dependency of ours; this class wants it installed."""
+
+    norms: Any  # our network, for its BatchNorms
+    stem: Any
+    encode: Any
+    down: Any
+    up: Any
+    decode: Any
+
+    def __init__(self, net: UNet3D, pyramid: Pyramid) -> None:
+        super().__init__()
+        import spconv.constants
+        import spconv.pytorch as spconv
+
+        if not torch.cuda.is_available():  # its CPU backward pass asks for a CUDA stream, and does not use it
+            torch.cuda.current_stream = lambda *_: SimpleNamespace(cuda_stream=0)  # type: ignore[assignment]
+        spconv.constants.SPCONV_ALLOW_TF32 = torch.get_float32_matmul_precision() != "highest"
+        self.norms, self.levels = copy.deepcopy(net), net.levels
+        kinds: dict[str, Callable[[int, int, str], Any]] = {
+            "same": lambda cin, cout, key: spconv.SubMConv3d(cin, cout, 3, bias=False, indice_key=key),
+            "down": lambda cin, cout, key: spconv.SparseConv3d(cin, cout, 2, 2, bias=False, indice_key=key),
+            "up": lambda cin, cout, key: spconv.SparseInverseConv3d(cin, cout, 2, bias=False, indice_key=key),
+        }
+
+        def conv(kind: str, level: int, weight: torch.Tensor) -> Any:
+            cin, cout = weight.shape[1:]
+            made = kinds[kind](cin, cout, f"same{level}" if kind == "same" else f"down{level}")
+            with torch.no_grad():  # ours is (K, Cin, Cout), the offsets in the order x, y, z
+                made.weight.copy_(weight.permute(2, 0, 1).reshape(made.weight.shape))
+            return made.to(weight.device)
+
+        w = dict(net.named_parameters())
+        steps = range(net.levels - 1)
+        self.stem = conv("same", 0, w["stem.weight"])
+        self.encode = torch.nn.ModuleList(conv("same", i, w[f"encode.{i}.conv.weight"]) for i in range(net.levels))
+        self.down = torch.nn.ModuleList(conv("down", i, w[f"down.{i}.conv.weight"]) for i in steps)
+        self.up = torch.nn.ModuleList(conv("up", i, w[f"up.{i}.conv.weight"]) for i in steps)
+        self.decode = torch.nn.ModuleList(conv("same", i, w[f"decode.{i}.conv.weight"]) for i in steps)
+
+        voxels = pyramid.coords()
+        low = voxels[:, 1:].amin(0) >> 6 << 6  # a multiple of every stride, so that both have the same coarse voxels
+        at = torch.cat([voxels[:, :1], voxels[:, 1:] - low], 1).contiguous()
+        size = [(int(n) + 64) // 64 * 64 for n in at[:, 1:].amax(0)]
+        feat = torch.ones(len(at), 1, device=at.device)
+        self.input = lambda: spconv.SparseConvTensor(feat, at, size, int(at[:, 0].max()) + 1)
         with torch.no_grad():
-            return net(feat, built)
+            wanted = net(torch.ones(len(pyramid.voxel), 1, device=at.device), pyramid)
+            off = ((self()[pyramid.voxel] - wanted).abs().max() / wanted.abs().max()).item()
+        self.name = f"spconv {importlib.metadata.version('spconv')} (output differs by {off:.0e})"
 
-    def both(warm: Pyramid | None = None) -> None:
-        net.zero_grad()
-        net(feat, warm or kernels.pyramid(coords)).sum().backward()
+    def forward(self) -> torch.Tensor:
+        """(V, m). The maps are built anew in each call; spconv does not reuse those of strided convolutions."""
+        x = self.stem(self.input())
+        skips = []
+        for level in range(self.levels - 1):
+            x = self.encode[level](x.replace_feature(self.norms.encode[level].norm(x.features)))
+            skips.append(x.features)
+            x = self.down[level](x.replace_feature(self.norms.down[level].norm(x.features)))
+        x = self.encode[-1](x.replace_feature(self.norms.encode[-1].norm(x.features)))
+        for level in reversed(range(self.levels - 1)):
+            x = self.up[level](x.replace_feature(self.norms.up[level].norm(x.features)))
+            joined = torch.cat([skips[level], x.features], 1)
+            x = self.decode[level](x.replace_feature(self.norms.decode[level].norm(joined)))
+        return self.norms.norm(x.features)
 
-    return {
-        f"maps, {label}": (lambda: kernels.pyramid(coords), 0.0, 0.0),
-        f"sparse U-Net m=16 forward, {label}": (forward, flop, moved),
-        f"... forward+backward, maps warm, {label}": (lambda: both(built), 3 * flop, 3 * moved),
-        f"... forward+backward, maps cold, {label}": (both, 3 * flop, 3 * moved),
-    }
+
+def step_cases(root: Path, cache: Path, device: torch.device) -> dict[str, Case]:
+    """Whole training steps, without loading, and the parts of FtD++'s: each network forward and backward on one batch. A step
+    has two such passes and the teacher's forward pass. The paper's preset on a GPU, the small one on a CPU."""
+    preset = "paper" if device.type == "cuda" else "small"
+    cases: dict[str, Case] = {}
+    for method, precision in (("source-only", "fp32"), ("xmuda", "fp32"), ("ftdpp", "fp32"), ("ftdpp", "bf16")):
+        r = losses.recipe("usa-singapore", method, preset, overrides=[f"precision={precision}"])
+        src, tgt = (train.Source(name, root).index("train", r, cache) for name in ("usa", "singapore"))
+        job = train.Run(Path(), r, 0, [src], tgt, None, device=device)
+        labelled, unlabelled = train.Batches(job.recipe, 0, [src], tgt)[0]
+        item = labelled.to(device), unlabelled.to(device) if unlabelled is not None else None
+        label = f"{preset} preset, batch {r.batch}, {precision}"
+        cases[f"training step, {method}, {label}"] = (partial(job.learn, *item), 0.0, 0.0)
+        if method == "ftdpp":
+            cases |= {f"... {what}, {label}": (call, 0.0, 0.0) for what, call in network_parts(job.student, item[0]).items()}
+    return cases
 
 
-def whole_step(job: train.Run, labelled: data.Batch, unlabelled: data.Batch | None) -> None:
-    """One iteration as `train.fit` runs it, without loading."""
-    terms = losses.step(job.student, job.teacher, labelled, unlabelled, job.recipe, True)
-    job.optimizer.zero_grad()
-    torch.stack(list(terms.values())).sum().backward()
-    job.optimizer.step()
-    if job.teacher is not None:
-        update_teacher(job.teacher, job.student, 1)
+def network_parts(model: CrossModal, batch: data.Batch) -> dict[str, Callable[[], object]]:
+    """Forward and backward of the 2D trunk, the 3D trunk with its maps, and the fusion module."""
+    image, pixel, coords, frame = batch.image, batch.pixel, batch.coords, batch.coords[:, 0].long()
+    ones = image.new_ones(len(coords), 1)
+
+    def region() -> torch.autocast:
+        return torch.autocast(image.device.type, torch.bfloat16, enabled=model.bf16)
+
+    def camera() -> torch.Tensor:
+        with region():
+            return model.net_2d.trunk(image.contiguous(memory_format=torch.channels_last))
+
+    def lidar() -> torch.Tensor:
+        with region():
+            return model.net_3d.trunk(ones, kernels.pyramid(coords, model.net_3d.trunk.levels))
+
+    with torch.no_grad():
+        map_2d, feat_3d = camera(), lidar().float()
+
+    def fusion() -> torch.Tensor:
+        assert model.fusion is not None
+        with region():
+            return model.fusion(map_2d, feat_3d, frame, pixel)
+
+    def learn(part: Callable[[], torch.Tensor]) -> None:
+        model.zero_grad()
+        part().float().sum().backward()
+
+    return {f"{part.__name__}, forward+backward": partial(learn, part) for part in (camera, lidar, fusion)}
 
 
 def append(path: Path, rows: list[dict[str, Any]], device: torch.device) -> None:

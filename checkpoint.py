@@ -78,7 +78,7 @@ def stored_recipe(meta: dict[str, Any]) -> Recipe:
 
 
 def build(r: Recipe) -> CrossModal:
-    return CrossModal(len(CLASS_SETS[r.classes].names), r.width, r.m, r.fusion, r.dropout)
+    return CrossModal(len(CLASS_SETS[r.classes].names), r.width, r.m, r.fusion, r.dropout, r.precision)
 
 
 def load_student(path: Path, device: torch.device | str = "cpu") -> tuple[CrossModal, Recipe, dict[str, Any]]:

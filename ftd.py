@@ -189,8 +189,7 @@ def _print_choices(
     """Every automatic choice, as value and reason."""
     from ftdpp import kernels, screen
 
-    dtype = "float32", "the only one so far" if device[0].type == "cpu" else "the only one so far; products in tf32"
-    named = {"preset": preset, "device": device, "kernels": kernels.backend(device[0]), "dtype": dtype, "cache": cache}
+    named = {"preset": preset, "device": device, "kernels": kernels.backend(device[0]), "cache": cache}
     screen.facts(console, [*((name, str(value), why) for name, (value, why) in named.items()), *more])
 
 
@@ -758,6 +757,9 @@ def data_synth(
 def bench(
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; medians are shown.", min=1)] = 5,
     out: Annotated[Path | None, typer.Option(help="CSV to append the rows to.")] = None,
+    scan: Annotated[
+        list[Path] | None, typer.Option(help="A SemanticKITTI scan (.bin) to time too; repeatable.", exists=True, dir_okay=False)
+    ] = None,
     device: Device = None,
     cache: Cache = None,
 ) -> None:
@@ -772,7 +774,7 @@ def bench(
     if wrong:
         raise _fail(f"{wrong[0].what} ({wrong[0].dtype}) is wrong on this machine, so its time means nothing: ftd doctor", FAILED)
     root = _world("usa", "singapore", folder, screen.messages())
-    rows = benchmark.run(root, folder, rounds, dev)
+    rows = benchmark.run(root, folder, rounds, dev, scans=scan or [])
     screen.results().print(screen.plain_table(rows, benchmark.machine(dev)))
     if out is not None:
         benchmark.append(out, rows, dev)

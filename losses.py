@@ -114,6 +114,7 @@ class Recipe:
     # size of the networks and of the data
     width: int = 64
     m: int = 16
+    precision: str = "fp32"  # of the two trunks: fp32, or bf16 by autocast; fusion, heads and losses are always fp32
     dropout: tuple[float, float] = (0.4, 0.2)
     image: tuple[int, int] = (225, 400)  # H, W; (0, 0) keeps the original size
     crop: tuple[int, int] = (0, 0)  # training crop H, W; (0, 0) none
@@ -316,6 +317,7 @@ def _check(r: Recipe) -> None:
             r.supervised != "both" or r.batch >= 2
         ),
         "supervised must be source, target or both": r.supervised in ("source", "target", "both"),
+        "precision must be fp32 or bf16": r.precision in ("fp32", "bf16"),
         "teacher_image must be coin or fda": r.teacher_image in ("coin", "fda"),
         f"classes must be one of {', '.join(CLASS_SETS)}": r.classes in CLASS_SETS,
         "learning rates and loss weights must not be negative": min(weights) >= 0,

@@ -226,3 +226,27 @@ def test_teacher_is_the_mean_of_its_start_and_all_students() -> None:
     before = teacher.weight.clone()
     update_teacher(teacher, student, 100, 0.9)
     assert torch.allclose(teacher.weight, 0.9 * before + 0.1 * student.weight, atol=1e-6)
+
+
+def test_bf16_trunks_and_fp32_islands() -> None:
+    """Autocast reaches the convolutions and nothing else: logits are fp32 and near, attention and weights are fp32."""
+    torch.manual_seed(0)
+    exact = CrossModal(6, 16, 8, dropout=(0.0, 0.0)).train()
+    half = CrossModal(6, 16, 8, dropout=(0.0, 0.0), precision="bf16").train()
+    half.load_state_dict(exact.state_dict())
+    seen: dict[str, torch.dtype] = {}
+    assert half.fusion is not None
+    for name, module in (("conv", half.net_2d.trunk.conv1), ("attention", half.fusion.attend_2d), ("head", half.net_2d.main)):
+        module.register_forward_hook(lambda m, i, o, name=name: seen.update({name: o.dtype}))
+    coords = torch.cat([torch.zeros(200, 1), torch.randint(0, 12, (200, 3))], 1).int()
+    image, pixel = torch.rand(1, 3, 32, 32), torch.randint(0, 32, (200, 2))
+    wanted, found = exact(image, pixel, coords), half(image, pixel, coords)
+    assert seen == {"conv": torch.bfloat16, "attention": torch.float32, "head": torch.float32}
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).abs().max() < 0.1 * b.abs().max()
+    assert not torch.equal(found.main_2d, wanted.main_2d)
+    torch.stack([t.square().mean() for t in found]).sum().backward()
+    for name, p in half.named_parameters():
+        if p.grad is not None:
+            assert p.grad.dtype == torch.float32 and p.grad.isfinite().all(), name

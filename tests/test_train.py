@@ -468,7 +468,7 @@ def test_bench(world: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.Mon
     cpu = torch.device("cpu")
     monkeypatch.setattr(train, "keep_freed_memory", lambda: None)  # a setting of the whole process
     rows = bench.run(world, cache, 1, cpu, (1, 2))
-    assert len(rows) == 2 + 4 * 2 + 1 + 3
+    assert len(rows) == 2 + 5 * 3 + 1 + 4 + 2 * 3  # two batches and a whole sweep; four steps, the parts of two
     assert all(row["ms"] > 0 for row in rows)
     assert all(row["times floor"] > 0.5 for row in rows if row["times floor"])
     for _ in range(2):
