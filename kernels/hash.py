@@ -112,7 +112,10 @@ def _find(key, wanted, table_key, table_row, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def _step(here, axis, d):
-    """The bits of one axis after a step d of -1, 0, +1, and whether it stays on the grid. See `maps._steps`."""
+    """The bits of one axis after a step d of -1, 0, +1, and whether it stays on the grid.
+
+    Adding one to interleaved bits: fill the gaps with ones so that the carry runs through them; subtracting leaves them zero.
+    """
     one = axis & -axis
     moved = tl.where(d < 0, (here - one) & axis, tl.where(d > 0, ((here | ~axis) + one) & axis, here))
     return moved, ((d >= 0) | (here != 0)) & ((d <= 0) | (here != axis))

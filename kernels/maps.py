@@ -5,6 +5,8 @@ the Morton code of the position below (the bits of x, y, z interleaved). Two pro
 is its child's key `>> 3`, so one sort of the points orders the voxels of every level; and the children of a parent are
 neighbours in memory.
 
+Neighbours need no search: a neighbour of a voxel is a child of a neighbour of its parent, from one voxel a frame downwards.
+
 A convolution with K offsets is a list of *pairs* (input row, output row), grouped by offset. `KernelMap` holds the pairs
 once and serves the forward pass, the input gradient and the weight gradient.
 """
@@ -150,43 +152,16 @@ def axis_masks(level: int) -> tuple[int, int, int]:
     return z << 2, z << 1, z
 
 
-def _steps(keys: Tensor, mask: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The bits of one axis after a step of -1, 0, +1; all ones where the step leaves the grid, which no key matches.
-
-    Adding one to interleaved bits: fill the gaps with ones so that the carry runs through them; subtracting leaves them zero.
-    """
-    one, here = mask & -mask, keys & mask
-    back = torch.where(here == 0, -1, (here - one) & mask)
-    ahead = torch.where(here == mask, -1, ((keys | ~mask) + one) & mask)
-    return back, here, ahead
-
-
-def search_neighbours(keys: Tensor, level: int) -> Tensor:
-    """Rows of half of the neighbours of every voxel, by binary search.
-
-    Args:
-        keys: (N,) int64, sorted and unique, of one level.
-    Returns:
-        (13, N) int64: the row of the voxel at coords + d_k under the offsets k = (dx+1)*9 + (dy+1)*3 + (dz+1) before the centre,
-        k = 13; N where there is none. The others are their mirror images.
-    """
-    n = len(keys)
-    xs, ys, zs = (_steps(keys, mask) for mask in axis_masks(level))
-    frame = keys >> (3 * (AXIS_BITS - level)) << (3 * (AXIS_BITS - level))
-    wanted = torch.stack([frame | xs[k // 9] | ys[k // 3 % 3] | zs[k % 3] for k in range(13)])
-    found = torch.searchsorted(keys, wanted).clamp_(max=max(n - 1, 0))
-    return found.masked_fill_(keys[found] != wanted, n)
-
-
 def children_neighbours(near: Tensor, parent: Tensor, octant: Tensor) -> Tensor:
-    """`search_neighbours` without a search: a neighbour of a child is a child of a neighbour of its parent.
+    """Rows of half of the neighbours of every voxel: a neighbour of a child is a child of a neighbour of its parent.
 
     A step of d from half o = 0, 1 of the parent along an axis ends in half `(o + d) & 1` of the parent `(o + d) >> 1` further on.
 
     Args:
         near: (27, V) rows of all the neighbours of the parents, V where there is none. parent, octant: (N,) of each child.
     Returns:
-        (13, N).
+        (13, N) int64: the row of the voxel at coords + d_k under the offsets k = (dx+1)*9 + (dy+1)*3 + (dz+1) before the centre,
+        k = 13; N where there is none. The others are their mirror images.
     """
     n, parents = len(parent), near.shape[1]
     child = torch.full(((parents + 1) * 8,), n, device=near.device)
@@ -199,23 +174,25 @@ def children_neighbours(near: Tensor, parent: Tensor, octant: Tensor) -> Tensor:
     return child.take(near.take(at).mul_(8).add_(within))
 
 
-def submanifold_map(before: Tensor) -> tuple[KernelMap, Tensor]:
-    """Pairs of a 3x3x3 convolution whose outputs are its inputs.
-
-    The pair (i, p) belongs to offset k when `coords[i] = coords[p] + d_k`; then (p, i) belongs to 26 - k.
-
-    Args:
-        before: (13, N) neighbours before the centre, N where there is none.
-    Returns:
-        the map, and all the neighbours (27, N).
-    """
-    n, device = before.shape[1], before.device
-    near = torch.full((27, n), n, device=device)
-    near[:13] = before
-    near[13] = torch.arange(n, device=device)
+def all_neighbours(before: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """(27, N) from the (13, N) of `children_neighbours`, and those pairs (k, i, p): `coords[i] = coords[p] + d_k`, k < 13."""
+    n = before.shape[1]
     k, p = (before < n).nonzero(as_tuple=True)
     i = before[k, p]
+    near = torch.full((27, n), n, device=before.device)
+    near[:13] = before
+    near[13] = torch.arange(n, device=before.device)
     near[26 - k, i] = p
+    return near, (k, i, p)
+
+
+def submanifold_map(n: int, k: Tensor, i: Tensor, p: Tensor) -> KernelMap:
+    """Pairs of a 3x3x3 convolution whose n outputs are its inputs.
+
+    Args:
+        k, i, p: the pairs of the offsets before the centre, as in `all_neighbours`; (p, i) is then a pair of offset 26 - k.
+    """
+    device = k.device
     sizes = torch.bincount(k, minlength=13).tolist()
     # The offsets after the centre, 14 to 26, are the mirror images of 12 to 0.
     pair_in = torch.cat([i, *reversed(p.split(sizes))])
@@ -230,7 +207,7 @@ def submanifold_map(before: Tensor) -> tuple[KernelMap, Tensor]:
     mirror = torch.empty_like(by_out)
     mirror[here], mirror[image] = image, here
     start = _starts(torch.bincount(pair_out, minlength=n))
-    return KernelMap(pair_in, pair_out, sizes, by_out, start, mirror[by_out], start, 13), near
+    return KernelMap(pair_in, pair_out, sizes, by_out, start, mirror[by_out], start, 13)
 
 
 def strided_map(keys: Tensor) -> tuple[Tensor, KernelMap]:
@@ -278,14 +255,21 @@ class Pyramid:
                 keys, down = strided_map(keys)
                 self.keys.append(keys)
                 self.down.append(down)
-            before = search_neighbours(keys, levels - 1)
+            # The neighbours are found from the top down. The top has one voxel a frame, and so no neighbours.
+            steps = [(down.pair_out[down.by_in], k & 7) for down, k in zip(self.down, self.keys, strict=False)]
+            frames = len(torch.unique_consecutive(keys >> 3 * (AXIS_BITS - levels + 1)))
+            while len(keys) > frames:
+                coarse, parent = torch.unique_consecutive(keys >> 3, return_inverse=True)
+                steps.append((parent, keys & 7))
+                keys = coarse
+            before = torch.full((13, frames), frames, device=keys.device)
             self.same: list[Any] = []
-            for level in reversed(range(levels)):
-                same, near = submanifold_map(before)
-                self.same.insert(0, same)
+            for level in reversed(range(len(steps) + 1)):
+                near, pairs = all_neighbours(before)
+                if level < levels:
+                    self.same.insert(0, submanifold_map(near.shape[1], *pairs))
                 if level:
-                    down = self.down[level - 1]
-                    before = children_neighbours(near, down.pair_out[down.by_in], self.keys[level - 1] & 7)
+                    before = children_neighbours(near, *steps[level - 1])
 
     def coords(self, level: int = 0) -> Tensor:
         """(V, 4) int32 voxels of a level in row order."""
