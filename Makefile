@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt) -c constraints.txt
 	@echo "compiling torch-scatter: two to five minutes, once"
 	$(BIN)/python -c 'import os; print(f"[build_ext]\nparallel = {os.cpu_count()}")' > $(VENV)/build.cfg
-	DIST_EXTRA_CONFIG=$(abspath $(VENV))/build.cfg \
+	DIST_EXTRA_CONFIG="$(abspath $(VENV))/build.cfg" \
 		$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation torch-scatter -c constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[dev,tensorboard]' -c constraints.txt
 	mkdir -p $(VENV)/typing && ln -sfn ../.. $(VENV)/typing/ftdpp  # mypy finds the flat modules under their package name

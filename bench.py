@@ -1,7 +1,8 @@
 """The yardstick: what each part takes on this machine, beside the least it could take.
 
 The floor of a row is the larger of its floating-point operations over the measured matrix-product rate and its bytes over
-the measured copy rate, both taken in the same rounds. Rounds interleave all rows, because shared machines drift.
+the measured copy rate, both taken in the same rounds (for fp16, too, the product rate of fp32).
+Rounds interleave all rows, because shared machines drift.
 """
 
 from __future__ import annotations
@@ -85,11 +86,11 @@ def run(
 
     side, mib = (8192, 1024) if gpu else (1024, 128)
     a, b = torch.randn(2, side, side, device=device)
-    big, copy = torch.randn(2, mib * 2**18, device=device)
+    big, other = torch.randn(2, mib * 2**18, device=device)
     product, stream = f"matrix product {side}^3", f"copy {mib} MiB"
     cases: dict[str, Case] = {
         product: (lambda: torch.mm(a, b), 2.0 * side**3, 0.0),
-        stream: (lambda: copy.copy_(big), 0.0, 2.0 * big.numel() * 4),
+        stream: (lambda: other.copy_(big), 0.0, 2.0 * big.numel() * 4),
     }
     for frames in batches:
         batch = data.collate([data.sample(src.frame(i), None, 0, np.random.default_rng(0)) for i in range(frames)])
@@ -98,7 +99,7 @@ def run(
     cases |= unet_cases(whole_sweep(sweep), "a whole sweep", device)
     for scan in scans:
         points = np.fromfile(scan, np.float32).reshape(-1, 4)
-        cases |= unet_cases(whole_sweep(points), f"scan {'/'.join(scan.parts[-3::2])}", device)
+        cases |= unet_cases(whole_sweep(points), f"scan {scan}", device)
 
     counter = iter(range(10**9))
 
@@ -217,7 +218,7 @@ class SpconvUNet(torch.nn.Module):
         import spconv.constants
         import spconv.pytorch as spconv
 
-        if not torch.cuda.is_available():  # its CPU backward pass asks for a CUDA stream, and does not use it
+        if not torch.cuda.is_available():  # in all of this process: its CPU backward pass asks for a CUDA stream it does not use
             torch.cuda.current_stream = lambda *_: SimpleNamespace(cuda_stream=0)  # type: ignore[assignment]
         spconv.constants.SPCONV_ALLOW_TF32 = torch.get_float32_matmul_precision() != "highest"
         self.norms, self.levels = copy.deepcopy(net), net.levels
@@ -288,32 +289,25 @@ def step_cases(root: Path, cache: Path, device: torch.device) -> dict[str, Case]
 
 
 def network_parts(model: CrossModal, batch: data.Batch) -> dict[str, Callable[[], object]]:
-    """Forward and backward of the 2D trunk, the 3D trunk with its maps, and the fusion module."""
-    image, pixel, coords, frame = batch.image, batch.pixel, batch.coords, batch.coords[:, 0].long()
-    ones = image.new_ones(len(coords), 1)
-
-    def region() -> torch.autocast:
-        return torch.autocast(image.device.type, torch.bfloat16, enabled=model.bf16)
+    """Forward and backward of the 2D network, the 3D network with its maps, and the fusion module."""
+    frame = batch.coords[:, 0].long()
 
     def camera() -> torch.Tensor:
-        with region():
-            return model.net_2d.trunk(image.contiguous(memory_format=torch.channels_last))
+        return model.features_2d(batch.image)
 
     def lidar() -> torch.Tensor:
-        with region():
-            return model.net_3d.trunk(ones, kernels.pyramid(coords, model.net_3d.trunk.levels))
+        return model.features_3d(batch.coords, kernels.pyramid(batch.coords, model.net_3d.trunk.levels))
 
     with torch.no_grad():
-        map_2d, feat_3d = camera(), lidar().float()
+        map_2d, feat_3d = camera(), lidar()
 
     def fusion() -> torch.Tensor:
         assert model.fusion is not None
-        with region():
-            return model.fusion(map_2d, feat_3d, frame, pixel)
+        return model.fusion(map_2d, feat_3d, frame, batch.pixel)
 
     def learn(part: Callable[[], torch.Tensor]) -> None:
         model.zero_grad()
-        part().float().sum().backward()
+        part().sum().backward()
 
     return {f"{part.__name__}, forward+backward": partial(learn, part) for part in (camera, lidar, fusion)}
 

@@ -291,7 +291,7 @@ class ExternalAttention(nn.Module):
     """Multi-head attention to 64 learned memory slots instead of to the other points (Guo et al., 2022).
 
     Softmax over the N points of the *whole batch*, then each point's slots divided by their sum: a point's output depends on
-    what else is in the batch. It stays in fp32 under autocast, since its values are about 1/N.
+    what else is in the batch. It stays in fp32, since its values are about 1/N.
 
     `key.bias` is there for the released checkpoints only: it shifts all points of a slot alike, and the softmax over the points
     takes that away again.
@@ -345,11 +345,9 @@ class Fusion(nn.Module):
 
     def forward(self, map_2d: Tensor, feat_3d: Tensor, frame: Tensor, pixel: Tensor) -> Tensor:
         x2, x3 = pixel_to_point(self.cbam(map_2d.detach()), frame, pixel), feat_3d.detach()
-        with torch.autocast(x2.device.type, enabled=False):
-            x2 = x2.to(self.mix.weight.dtype)
-            x = torch.cat([self.attend_2d(x2) + x2, self.attend_3d(x3) + x3], 1)
-            x = F.relu(self.mix(x))
-            return F.relu(self.norm(self.out(self.attend(x) + x)))
+        x = torch.cat([self.attend_2d(x2) + x2, self.attend_3d(x3) + x3], 1)
+        x = F.relu(self.mix(x))
+        return F.relu(self.norm(self.out(self.attend(x) + x)))
 
 
 # ---- the model -----------------------------------------------------------------------------------------------------
@@ -425,16 +423,27 @@ class CrossModal(nn.Module):
         self.net_3d = Net3D(classes, m)
         self.fusion = Fusion(width, m, dropout[1]) if fusion else None
 
+    def _trunks_precision(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)
+
+    def features_2d(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, width, H, W)."""
+        with self._trunks_precision(image.device):
+            return self.net_2d.trunk(image.contiguous(memory_format=torch.channels_last)).to(image.dtype)
+
+    def features_3d(self, coords: Tensor, pyramid: Pyramid) -> Tensor:
+        """(N, 4) -> (N, m). A point's input is 1: that it is there."""
+        exact = self.net_3d.main.weight
+        with self._trunks_precision(coords.device):
+            return self.net_3d.trunk(exact.new_ones(len(coords), 1), pyramid).to(exact.dtype)
+
     def forward(self, image: Tensor, pixel: Tensor, coords: Tensor, pyramid: Pyramid | None = None) -> Logits:
         """image (B, 3, H, W), pixel (N, 2) row, col, coords (N, 4) b, x, y, z -> four logits (N, K)."""
         frame = coords[:, 0].long()
         pyramid = pyramid or kernels.pyramid(coords, self.net_3d.trunk.levels)
-        exact = self.net_3d.main.weight.dtype
-        with torch.autocast(image.device.type, torch.bfloat16, enabled=self.bf16):
-            map_2d = self.net_2d.trunk(image.contiguous(memory_format=torch.channels_last))
-            feat_3d = self.net_3d.trunk(image.new_ones(len(coords), 1), pyramid).to(exact)
-            fused = self.fusion(map_2d, feat_3d, frame, pixel) if self.fusion is not None else None
-        main_2d, mimic_2d = self.net_2d.heads(pixel_to_point(map_2d, frame, pixel).to(exact), fused)
+        map_2d, feat_3d = self.features_2d(image), self.features_3d(coords, pyramid)
+        fused = self.fusion(map_2d, feat_3d, frame, pixel) if self.fusion is not None else None
+        main_2d, mimic_2d = self.net_2d.heads(pixel_to_point(map_2d, frame, pixel), fused)
         return Logits(main_2d, self.net_3d.main(feat_3d), mimic_2d, self.net_3d.mimic(feat_3d))
 
 

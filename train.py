@@ -313,9 +313,8 @@ class Run:
         params = dict(self.student.named_parameters())
         for key, tensor in read_tensors(self.last_path, "optimizer/").items():
             name, _, slot = key.rpartition("/")
-            # Adam keeps its step counter on the CPU, the moments beside the parameter and in its memory layout.
-            p = params[name]
-            self.optimizer.state[p][slot] = tensor if slot == "step" else torch.empty_like(p).copy_(tensor)
+            p = params[name]  # the moments lie in its memory layout
+            self.optimizer.state[p][slot] = tensor.to(p.device) if slot == "step" else torch.empty_like(p).copy_(tensor)
         self.iteration, self.best, self.owed = meta["iteration"], meta["best"], meta["validation_owed"]
 
 

@@ -262,8 +262,8 @@ class HashPyramid(Pyramid):
 
     def __init__(self, coords: Tensor, levels: int = 7, count: Tensor | None = None) -> None:
         check_coords(coords)
-        if levels > 1 << TAG:
-            raise ValueError(f"a pyramid has at most {1 << TAG} levels; found {levels}")
+        if not 1 <= levels <= 1 << TAG:
+            raise ValueError(f"a pyramid by Triton has 1 to {1 << TAG} levels; found {levels}")
         n, device = len(coords), coords.device
         point = torch.arange(n, device=device)
         valid = torch.ones_like(point, dtype=torch.bool) if count is None else point < count
@@ -293,6 +293,8 @@ class HashPyramid(Pyramid):
         self.voxel = torch.empty_like(self.order)
         self.voxel[self.order] = rank[0]
         self.start = _starts(rank[0], sizes[1])
+        if count is not None:  # `order` begins with the points; what lies behind them is in no voxel
+            self.start = self.start.clamp(max=count)
         self.keys = [tagged[a:b] >> TAG for a, b in pairwise(sizes)]
         self.same = _submanifold(tagged, base, sizes, live)
         self.down = _strided(tagged, parent, base, sizes, live)

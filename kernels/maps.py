@@ -174,23 +174,21 @@ def children_neighbours(near: Tensor, parent: Tensor, octant: Tensor) -> Tensor:
     return child.take(near.take(at).mul_(8).add_(within))
 
 
-def all_neighbours(before: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """(27, N) from the (13, N) of `children_neighbours`, and those pairs (k, i, p): `coords[i] = coords[p] + d_k`, k < 13."""
+def all_neighbours(before: Tensor, k: Tensor, i: Tensor, p: Tensor) -> Tensor:
+    """(27, N) from the (13, N) of `children_neighbours` and their pairs, as in `submanifold_map`."""
     n = before.shape[1]
-    k, p = (before < n).nonzero(as_tuple=True)
-    i = before[k, p]
     near = torch.full((27, n), n, device=before.device)
     near[:13] = before
     near[13] = torch.arange(n, device=before.device)
     near[26 - k, i] = p
-    return near, (k, i, p)
+    return near
 
 
 def submanifold_map(n: int, k: Tensor, i: Tensor, p: Tensor) -> KernelMap:
     """Pairs of a 3x3x3 convolution whose n outputs are its inputs.
 
     Args:
-        k, i, p: the pairs of the offsets before the centre, as in `all_neighbours`; (p, i) is then a pair of offset 26 - k.
+        k, i, p: the pairs of the offsets before the centre: `coords[i] = coords[p] + d_k`. Then (p, i) is one of offset 26 - k.
     """
     device = k.device
     sizes = torch.bincount(k, minlength=13).tolist()
@@ -243,6 +241,8 @@ class Pyramid:
 
     def __init__(self, coords: Tensor, levels: int = 7) -> None:
         check_coords(coords)
+        if not 1 <= levels <= AXIS_BITS:
+            raise ValueError(f"a pyramid has 1 to {AXIS_BITS} levels; found {levels}")
         with torch.no_grad():
             keys, self.order = torch.sort(pack(coords), stable=True)
             keys, voxel, counts = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)
@@ -265,11 +265,13 @@ class Pyramid:
             before = torch.full((13, frames), frames, device=keys.device)
             self.same: list[Any] = []
             for level in reversed(range(len(steps) + 1)):
-                near, pairs = all_neighbours(before)
+                n = before.shape[1]
+                k, p = (before < n).nonzero(as_tuple=True)
+                pairs = k, before[k, p], p
                 if level < levels:
-                    self.same.insert(0, submanifold_map(near.shape[1], *pairs))
+                    self.same.insert(0, submanifold_map(n, *pairs))
                 if level:
-                    before = children_neighbours(near, *steps[level - 1])
+                    before = children_neighbours(all_neighbours(before, *pairs), *steps[level - 1])
 
     def coords(self, level: int = 0) -> Tensor:
         """(V, 4) int32 voxels of a level in row order."""

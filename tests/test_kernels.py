@@ -192,6 +192,7 @@ def test_compiled_network_is_the_same() -> None:
     torch.manual_seed(0)
     net = UNet3D(4, 2).train()
     compiled = torch.compile(net, backend="aot_eager")
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for n in (50, 70):
         p, feat = Pyramid(cloud(n), 2), torch.randn(n, 1)
         found = []
@@ -202,6 +203,7 @@ def test_compiled_network_is_the_same() -> None:
             found.append([out, *(w.grad for w in net.parameters())])
         for a, b in zip(*found, strict=True):
             assert a is not None and b is not None and torch.equal(a, b)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
 
 
 def test_backend_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

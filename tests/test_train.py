@@ -467,6 +467,7 @@ def test_bench(world: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(bench, "LOADS", 2)
     cpu = torch.device("cpu")
     monkeypatch.setattr(train, "keep_freed_memory", lambda: None)  # a setting of the whole process
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)  # no peer, even where it is installed
     rows = bench.run(world, cache, 1, cpu, (1, 2))
     assert len(rows) == 2 + 5 * 3 + 1 + 4 + 2 * 3  # two batches and a whole sweep; four steps, the parts of two
     assert all(row["ms"] > 0 for row in rows)
