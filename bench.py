@@ -99,7 +99,7 @@ def run(
     cases |= unet_cases(whole_sweep(sweep), "a whole sweep", device)
     for scan in scans:
         points = np.fromfile(scan, np.float32).reshape(-1, 4)
-        cases |= unet_cases(whole_sweep(points), f"scan {scan}", device)
+        cases |= unet_cases(whole_sweep(points), f"scan {scan.parent.parent.name}/{scan.stem}", device)
 
     counter = iter(range(10**9))
 
