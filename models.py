@@ -179,7 +179,8 @@ class SparseBatchNorm(nn.BatchNorm1d):
             self.running_var.lerp_(var * (n / (n - 1).clamp(min=1)), step)
             self.num_batches_tracked.add_(enough)
         mean, var = torch.where(enough, mean, self.running_mean), torch.where(enough, var, self.running_var)
-        return ((wide - mean) * (torch.rsqrt(var + self.eps) * self.weight) + self.bias).to(x.dtype)
+        out = (wide - mean) * (torch.rsqrt(var + self.eps) * self.weight) + self.bias
+        return torch.where(inside, out, 0).to(x.dtype)  # and no gradient from rows that are no voxels
 
 
 class UNet3D(nn.Module):

@@ -281,8 +281,8 @@ class HashPyramid(Pyramid):
         else:
             base, sizes = torch.arange(levels + 1, device=device) * n, [level * n for level in range(levels + 1)]
             live = list(counts)
-            # Where there is padding, the last place of every level is free: there are fewer voxels than rows.
-            rank = torch.where(valid, rank, n - 1)
+            # What is no point gets a row of its own: row j >= count is free on every level, as no level has more voxels.
+            rank = torch.where(valid, rank, point)
         voxel = base[:-1, None] + rank  # in the list of all voxels
         no_voxel = depth - (1 << TAG)
         tagged = no_voxel.repeat_interleave(base.diff(), output_size=sizes[-1])
@@ -293,8 +293,6 @@ class HashPyramid(Pyramid):
         self.voxel = torch.empty_like(self.order)
         self.voxel[self.order] = rank[0]
         self.start = _starts(rank[0], sizes[1])
-        if count is not None:  # `order` begins with the points; what lies behind them is in no voxel
-            self.start = self.start.clamp(max=count)
         self.keys = [tagged[a:b] >> TAG for a, b in pairwise(sizes)]
         self.same = _submanifold(tagged, base, sizes, live)
         self.down = _strided(tagged, parent, base, sizes, live)
