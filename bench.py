@@ -98,7 +98,7 @@ def run(
     sweep = data.read_frame(data.list_frames(root, data.DOMAINS["usa"], "train")[0]).points
     cases |= unet_cases(whole_sweep(sweep), "a whole sweep", device)
     for scan in scans:
-        points = np.fromfile(scan, np.float32).reshape(-1, 4)
+        points = data.read_array(scan, np.float32, 4)
         cases |= unet_cases(whole_sweep(points), f"scan {scan.parent.parent.name}/{scan.stem}", device)
 
     counter = iter(range(10**9))

@@ -470,7 +470,8 @@ def list_frames(
     return refs
 
 
-def _array(path: Path, dtype: type[np.generic], columns: int) -> Array:
+def read_array(path: Path, dtype: type[np.generic], columns: int) -> Array:
+    """The numbers of a binary file, (N, columns). Raises DataError: missing, empty or truncated."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -485,7 +486,7 @@ def read_frame(ref: FrameRef) -> RawFrame:
     """Reads one frame. Raises DataError for a missing, truncated or corrupt file, an image whose size differs from the
     table's, or a number of labels that differs from the number of points."""
     nuscenes = ref.dataset == "nuscenes"
-    points = _array(ref.points_path, np.float32, 5 if nuscenes else 4)[:, :4]
+    points = read_array(ref.points_path, np.float32, 5 if nuscenes else 4)[:, :4]
     try:
         with Image.open(ref.image_path) as file:
             image = file.convert("RGB")
@@ -498,7 +499,7 @@ def read_frame(ref: FrameRef) -> RawFrame:
         raise DataError(f"{ref.image_path}: image is {size} (H, W), sample_data.json says {ref.image_size}; restore it")
     labels = None
     if ref.label_path is not None:
-        raw = _array(ref.label_path, np.uint8 if nuscenes else np.uint32, 1)[:, 0]
+        raw = read_array(ref.label_path, np.uint8 if nuscenes else np.uint32, 1)[:, 0]
         labels = raw if nuscenes else raw & 0xFFFF  # KITTI's upper half is the instance
         if len(labels) != len(points):
             raise DataError(f"{ref.label_path}: {len(labels)} labels for {len(points)} points; download both again")

@@ -155,11 +155,9 @@ class SparseBatchNorm(nn.BatchNorm1d):
 
     def forward(self, x: Tensor, live: Tensor | None = None) -> Tensor:
         """live: () int64, the number of rows that are voxels, in padded maps; they come first, the others are zero."""
-        if not self.training:
-            x = super().forward(x)
-        elif live is not None:
+        if self.training and live is not None:
             x = self._padded(x, live)
-        elif len(x) < 2:  # one voxel has no variance: use what is known so far
+        elif self.training and len(x) < 2:  # one voxel has no variance: use what is known so far
             x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         else:
             x = super().forward(x)
@@ -430,7 +428,7 @@ class CrossModal(nn.Module):
     def features_2d(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, width, H, W)."""
         with self._trunks_precision(image.device):
-            return self.net_2d.trunk(image.contiguous(memory_format=torch.channels_last)).to(image.dtype)
+            return self.net_2d.trunk(image.contiguous(memory_format=torch.channels_last)).to(self.net_2d.main.weight.dtype)
 
     def features_3d(self, coords: Tensor, pyramid: Pyramid) -> Tensor:
         """(N, 4) -> (N, m). A point's input is 1: that it is there."""

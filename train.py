@@ -494,8 +494,9 @@ def assemble(
     if unlabelled is not None:
         facts.append(row("unlabelled", unlabelled, "adaptation; labels are never read"))
     facts.append(("validation", f"{len(validation)} frames" if validation is not None else "off", reason))
-    choice = "exact; --set precision=bf16 is faster where the hardware has it" if r.precision == "fp32" else "--set precision"
-    facts.append(("precision", r.precision, choice))
+    products = "products in tf32" if run.device.type == "cuda" else "exact"
+    faster = f"{products}; --set precision=bf16 is faster where the hardware has it"
+    facts.append(("precision", r.precision, faster if r.precision == "fp32" else "--set precision"))
     facts.append(("workers", str(count), f"{cores} cores" if workers is None else "--workers"))
     weights = " ".join(f"{w:.2f}" for w in run.recipe.class_weights)
     facts.append(("class weights", weights, "of the paper" if r.class_weights else "log-smoothed counts of the labelled points"))

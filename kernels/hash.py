@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ftdpp.kernels.maps import AXIS_BITS, FRAME_BITS, Pyramid, axis_masks, check_coords, pack
+from ftdpp.kernels.maps import AXIS_BITS, FRAME_BITS, Pyramid, axis_masks, check_coords, group_starts, pack
 
 LANES = {"BLOCK": 256, "num_warps": 4}  # two entries a thread; with one, ptxas spills a register pair of find_neighbours
 NO_POINT = 1 << (3 * AXIS_BITS + FRAME_BITS)  # behind every key, on every level
@@ -178,12 +178,6 @@ def hash_table(keys: Tensor) -> tuple[Tensor, Tensor, int]:
     return table_key, table_row, size
 
 
-def _starts(member: Tensor, groups: int) -> Tensor:
-    """(groups + 1,) int64: where each group begins when the members lie sorted. (`bincount` would wait for the GPU.)"""
-    counts = member.new_zeros(groups).scatter_add_(0, member, torch.ones_like(member))
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-
-
 @functools.cache
 def _axes(levels: int, device: torch.device) -> Tensor:
     """(levels, 3) int64: the bits of x, y, z in a tagged key of each level."""
@@ -240,7 +234,7 @@ def _strided(keys: Tensor, parent: Tensor, base: Tensor, sizes: list[int], live:
     idx = torch.full((9, fine), -1, dtype=torch.int32, device=device)
     idx.view(-1)[octant[order] * fine + torch.arange(fine, device=device)] = pair_out
     up = idx[:8], pair_in, (1 << octant[order] & 255).int()
-    seg = _starts(group, 9 * (levels - 1))
+    seg = group_starts(group, 9 * (levels - 1))
 
     maps = []
     for n in range(levels - 1):
@@ -292,7 +286,7 @@ class HashPyramid(Pyramid):
         parent[voxel[:-1]] = rank[1:]
         self.voxel = torch.empty_like(self.order)
         self.voxel[self.order] = rank[0]
-        self.start = _starts(rank[0], sizes[1])
+        self.start = group_starts(rank[0], sizes[1])
         self.keys = [tagged[a:b] >> TAG for a, b in pairwise(sizes)]
         self.same = _submanifold(tagged, base, sizes, live)
         self.down = _strided(tagged, parent, base, sizes, live)

@@ -142,7 +142,9 @@ class KernelMap:
         )
 
 
-def _starts(counts: Tensor) -> Tensor:
+def group_starts(member: Tensor, groups: int) -> Tensor:
+    """(groups + 1,) int64: where each group begins when the members lie sorted. (`bincount` would wait for a GPU.)"""
+    counts = member.new_zeros(groups).scatter_add_(0, member, torch.ones_like(member))
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
@@ -204,7 +206,7 @@ def submanifold_map(n: int, k: Tensor, i: Tensor, p: Tensor) -> KernelMap:
     by_out = place[place >= 0]
     mirror = torch.empty_like(by_out)
     mirror[here], mirror[image] = image, here
-    start = _starts(torch.bincount(pair_out, minlength=n))
+    start = group_starts(pair_out, n)
     return KernelMap(pair_in, pair_out, sizes, by_out, start, mirror[by_out], start, 13)
 
 
@@ -213,14 +215,20 @@ def strided_map(keys: Tensor) -> tuple[Tensor, KernelMap]:
 
     Octant k = 4*dx + 2*dy + dz with `coords_in = 2 * coords_out + d_k`; each input voxel is in exactly one pair.
     """
-    parents, parent, children = torch.unique_consecutive(keys >> 3, return_inverse=True, return_counts=True)
+    parents, parent = torch.unique_consecutive(keys >> 3, return_inverse=True)
     octant = keys & 7
     by_octant = torch.argsort(octant, stable=True)
     rank = torch.empty_like(by_octant)
     rank[by_octant] = torch.arange(len(keys), device=keys.device)
     sizes = torch.bincount(octant, minlength=8).tolist()
     return parents, KernelMap(
-        by_octant, parent[by_octant], sizes, rank, _starts(children), rank, torch.arange(len(keys) + 1, device=keys.device)
+        by_octant,
+        parent[by_octant],
+        sizes,
+        rank,
+        group_starts(parent, len(parents)),
+        rank,
+        torch.arange(len(keys) + 1, device=keys.device),
     )
 
 
@@ -245,10 +253,10 @@ class Pyramid:
             raise ValueError(f"a pyramid has 1 to {AXIS_BITS} levels; found {levels}")
         with torch.no_grad():
             keys, self.order = torch.sort(pack(coords), stable=True)
-            keys, voxel, counts = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)
+            keys, voxel = torch.unique_consecutive(keys, return_inverse=True)
             self.voxel = torch.empty_like(self.order)
             self.voxel[self.order] = voxel
-            self.start = _starts(counts)
+            self.start = group_starts(voxel, len(keys))
             self.keys = [keys]
             self.down: list[Any] = []  # Any: `hash.SlotMap` in the subclass
             for _ in range(1, levels):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ftdpp.kernels.maps import KernelMap, Pyramid
+from ftdpp.kernels.maps import KernelMap, Pyramid, group_starts
 
 try:  # optional: a compiled extension
     from torch_scatter import segment_csr
@@ -125,9 +125,7 @@ class _SelectRows(torch.autograd.Function):
         (index,) = ctx.saved_tensors
         if not grad.is_cuda:
             return grad.new_zeros(ctx.rows, grad.shape[1]).index_add_(0, index, grad), None
-        count = index.new_zeros(ctx.rows).scatter_add_(0, index, torch.ones_like(index))
-        start = torch.cat([count.new_zeros(1), count.cumsum(0)])
-        return segment_sum(grad, torch.argsort(index, stable=True), start), None
+        return segment_sum(grad, torch.argsort(index, stable=True), group_starts(index, ctx.rows)), None
 
 
 def pixel_to_point(x: Tensor, frame: Tensor, pixel: Tensor) -> Tensor:
