@@ -154,31 +154,17 @@ class SparseBatchNorm(nn.BatchNorm1d):
         super().__init__(channels, eps=1e-4, momentum=0.01)
 
     def forward(self, x: Tensor, live: Tensor | None = None) -> Tensor:
-        """live: () int64, the number of rows that are voxels, in padded maps; they come first, the others are zero."""
+        """live: () int64, how many of the rows are voxels, in the maps of a GPU; they come first."""
         if self.training and live is not None:
-            x = self._padded(x, live)
-        elif self.training and len(x) < 2:  # one voxel has no variance: use what is known so far
+            assert self.running_mean is not None and self.running_var is not None
+            assert self.num_batches_tracked is not None and self.momentum is not None
+            running = self.running_mean, self.running_var, self.num_batches_tracked
+            return kernels.batch_norm_relu(x, self.weight, self.bias, live, running, self.momentum, self.eps)
+        if self.training and len(x) < 2:  # one voxel has no variance: use what is known so far
             x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         else:
             x = super().forward(x)
         return F.relu(x, inplace=True)
-
-    def _padded(self, x: Tensor, live: Tensor) -> Tensor:
-        """The same by the first `live` rows, their number known to the GPU alone."""
-        assert self.running_mean is not None and self.running_var is not None
-        assert self.num_batches_tracked is not None and self.momentum is not None
-        wide, n, enough = x.float(), live.clamp(min=1), live > 1
-        inside = (torch.arange(len(x), device=x.device) < live)[:, None]
-        mean = wide.sum(0) / n
-        var = torch.where(inside, wide - mean, 0).square().sum(0) / n
-        with torch.no_grad():
-            step = self.momentum * enough  # 0 where the statistics are left alone
-            self.running_mean.lerp_(mean, step)
-            self.running_var.lerp_(var * (n / (n - 1).clamp(min=1)), step)
-            self.num_batches_tracked.add_(enough)
-        mean, var = torch.where(enough, mean, self.running_mean), torch.where(enough, var, self.running_var)
-        out = (wide - mean) * (torch.rsqrt(var + self.eps) * self.weight) + self.bias
-        return torch.where(inside, out, 0).to(x.dtype)  # and no gradient from rows that are no voxels
 
 
 class UNet3D(nn.Module):

@@ -1,8 +1,8 @@
 """Sparse 3D convolution: voxel pyramids, their kernel maps, and the operations on them.
 
 Everything else imports from here and does not know which implementation runs: Triton on a GPU (`hash.py` builds the maps,
-`gemm.py` multiplies), plain PyTorch on a CPU (`maps.py`, `reference.py`). Both give the same voxels in the same order and the
-same pairs. `FTD_KERNELS=torch|triton` overrides the choice; `backend()` says what runs and why.
+`gemm.py` multiplies, `norm.py` normalises), plain PyTorch on a CPU (`maps.py`, `reference.py`). Both give the same voxels in
+the same order and the same pairs. `FTD_KERNELS=torch|triton` overrides the choice; `backend()` says what runs and why.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ __all__ = [
     "KernelMap",
     "Pyramid",
     "backend",
+    "batch_norm_relu",
     "pixel_to_point",
     "pyramid",
     "sparse_conv",
@@ -130,3 +131,13 @@ def sparse_conv(x: Tensor, weight: Tensor, kmap: KernelMap) -> Tensor:
     from ftdpp.kernels import gemm
 
     return gemm.sparse_conv(x, weight, kmap)
+
+
+@_eager
+def batch_norm_relu(
+    x: Tensor, weight: Tensor, bias: Tensor, live: Tensor, running: tuple[Tensor, Tensor, Tensor], momentum: float, eps: float
+) -> Tensor:
+    """`norm.batch_norm_relu`: BatchNorm and ReLU over the voxels of Triton's maps, in training."""
+    from ftdpp.kernels import norm
+
+    return norm.batch_norm_relu(x, weight, bias, live, running, momentum, eps)

@@ -22,11 +22,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ftdpp.kernels import gemm, hash
+from ftdpp.kernels import gemm, hash, norm
+from ftdpp.kernels.maps import AXIS_BITS, BIAS, FRAME_BITS
 
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
 DTYPES = {"fp32": ("fp32", "ieee"), "tf32": ("fp32", "tf32"), "fp16": ("fp16", "ieee"), "bf16": ("bf16", "ieee")}
-POINTERS = {"keys": "i64", "table_key": "i64", "base": "i64", "axes": "i64", "place": "i64", "first": "i64", "last": "i64"}
+LONG = ("keys", "table_key", "base", "axes", "place", "first", "last", "valid", "live", "batches")  # pointers to int64
+FLOAT = ("part", "stat", "weight", "bias", "dweight", "dbias", "running_mean", "running_var")  # to fp32, whatever is stored
+SCALARS = {**dict.fromkeys(("cin", "cout", "wk", "wi", "wo", "channels", "rows", "share", "shares"), "i32"),
+           **dict.fromkeys(("count", "size", "columns", "flip", "splits"), "i32"), "momentum": "fp32", "eps": "fp32"}  # fmt: skip
 Row = dict[str, Any]
 
 
@@ -39,8 +43,22 @@ def unet_layers(m: int = 16, levels: int = 7) -> list[tuple[int, int]]:
 
 def configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     """(name, kernel, types of its pointers, constants, options), each once."""
-    for kernel in (hash.hash_insert, hash.find_neighbours, hash.list_pairs):
-        yield kernel.__name__, kernel, {}, {"BLOCK": hash.LANES["BLOCK"]}, {"num_warps": hash.LANES["num_warps"]}
+    grid = {"BIAS": BIAS, "AXIS_BITS": AXIS_BITS, "FRAME_BITS": FRAME_BITS}
+    for kernel in (hash.pack_points, hash.hash_insert, hash.find_neighbours, hash.list_pairs):
+        constants = {"BLOCK": hash.LANES["BLOCK"], **(grid if kernel is hash.pack_points else {})}
+        yield kernel.__name__, kernel, {}, constants, {"num_warps": hash.LANES["num_warps"]}
+    for dtype in ("fp32", "fp16", "bf16"):
+        for side in (16, 32, 64):
+            options = {k: v for k, v in norm.blocks(side).items() if k.islower()}
+            tile = {k: v for k, v in norm.blocks(side).items() if k.isupper()}
+            for kernel, extra in (
+                (norm.sum_rows, {"BACK": False}),
+                (norm.normalise, {"SHARES": norm.SHARES}),
+                (norm.sum_rows, {"BACK": True}),
+                (norm.normalise_backward, {"SHARES": norm.SHARES}),
+            ):
+                label = f"{kernel.__name__}{' backward' * extra.get('BACK', False)} {dtype} {tile['BR']} rows {tile['BC']} wide"
+                yield label, kernel, dict.fromkeys(("x", "y", "dy", "dx"), dtype), {**tile, **extra}, options
     seen = set()
     for name, (dtype, precision) in DTYPES.items():
         for cin, cout in unet_layers():
@@ -60,10 +78,9 @@ def configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any],
 
 def compiled(kernel: Any, storage: dict[str, str], constants: dict[str, Any], options: dict[str, int], target: GPUTarget) -> Any:
     """The kernel for a target. Pointers and channel counts are multiples of 16, as those of the U-Net with m = 16 are."""
-    pointer = {**dict.fromkeys(kernel.arg_names, "i32"), **POINTERS, "part": "fp32", **storage}
-    scalars = {"cin", "cout", "wk", "wi", "wo", "count", "size", "columns", "flip", "splits"}
-    signature = {n: "constexpr" if n in constants else "i32" if n in scalars else f"*{pointer[n]}" for n in kernel.arg_names}
-    aligned = {"cin", "cout", "wk", "wi", "wo"}
+    stored = {**dict.fromkeys(kernel.arg_names, "i32"), **dict.fromkeys(LONG, "i64"), **dict.fromkeys(FLOAT, "fp32"), **storage}
+    signature = {n: "constexpr" if n in constants else SCALARS.get(n, f"*{stored[n]}") for n in kernel.arg_names}
+    aligned = {"cin", "cout", "wk", "wi", "wo", "channels"}
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, (n, t) in enumerate(signature.items())

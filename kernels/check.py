@@ -94,7 +94,25 @@ def run(device: torch.device) -> list[Check]:
             finally:
                 torch.set_float32_matmul_precision(precision)
             checks.append(_compare(f"{kind} convolution and gradients", dtype, runs, true))
+    if implementation == "triton":
+        checks += [_norm(len(fine), dtype, p.same[0].live, device, g) for dtype in dtypes if dtype != "tf32"]
     return [*checks, *_points(points, p, device, g)]
+
+
+def _norm(rows: int, dtype: str, live: Tensor, device: torch.device, g: torch.Generator) -> Check:
+    """BatchNorm and ReLU."""
+    x, grad = (torch.randn(rows, 40, generator=g).to(DTYPES[dtype]) for _ in range(2))
+    w, b, mean, var = torch.rand(4, 40, generator=g) + 0.5
+    exact = [t.double().requires_grad_() for t in (x, w, b)]
+    running = [mean.double(), var.double()]
+    y = F.relu(F.batch_norm(exact[0], running[0], running[1], exact[1], exact[2], True, 0.1, 1e-4))
+    true, runs = [y, *running, *torch.autograd.grad(y, exact, grad.double())], []
+    for _ in range(2):
+        mine = tuple(t.to(device).requires_grad_() for t in (x, w, b))
+        kept = mean.to(device, copy=True), var.to(device, copy=True), torch.tensor(0, device=device)
+        y = kernels.batch_norm_relu(mine[0], mine[1], mine[2], live, kept, 0.1, 1e-4)
+        runs.append([y, *kept[:2], *torch.autograd.grad(y, mine, grad.to(device))])
+    return _compare("BatchNorm, ReLU and gradients", dtype, runs, true)
 
 
 def _points(points: Tensor, p: kernels.Pyramid, device: torch.device, g: torch.Generator) -> list[Check]:

@@ -148,7 +148,7 @@ def _gradient(x: Tensor, grad: Tensor, m: SlotMap, offsets: int) -> Tensor:
     weight_gradient[(offsets, splits, tiles)](
         x, grad, part, m.pair_in, m.pair_out, m.first, m.last, cin, cout, splits, PRECISION=_precision(), **blocks
     )
-    return part.sum(0)
+    return part[0] if splits == 1 else part.sum(0)
 
 
 class _SparseConv(torch.autograd.Function):

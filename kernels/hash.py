@@ -19,10 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ftdpp.kernels.maps import AXIS_BITS, FRAME_BITS, Pyramid, axis_masks, check_coords, group_starts, pack
+from ftdpp.kernels.maps import AXIS_BITS, BIAS, FRAME_BITS, Pyramid, axis_masks, check_coords, group_starts
 
 LANES = {"BLOCK": 256, "num_warps": 4}  # two entries a thread; with one, ptxas spills a register pair of find_neighbours
-NO_POINT = 1 << (3 * AXIS_BITS + FRAME_BITS)  # behind every key, on every level
 TAG = 3  # bits below a key that hold its level
 # A kernel is compiled once, not again for each size, nor for where in memory a level's part of a list begins.
 ANY_SIZE = ["count", "size"]
@@ -39,7 +38,7 @@ class SlotMap:
     mask: (n_out,) int32, bit k set where idx[k] is there.
     pair_in, pair_out: int32 lists of the same pairs, offset by offset; those of offset k are `first[k]:last[k]`.
     back: the map of the input gradient; None: this one with its offsets in reverse order, as in a submanifold convolution.
-    live: () int64, how many of the n_in rows are voxels; None where all are.
+    live: () int64, how many of the n_in rows are voxels: all but in padded maps.
     """
 
     idx: Tensor
@@ -51,8 +50,8 @@ class SlotMap:
     last: Tensor
     n_in: int
     n_out: int
+    live: Tensor
     back: SlotMap | None = None
-    live: Tensor | None = None
 
     @property
     def offsets(self) -> int:
@@ -63,6 +62,37 @@ class SlotMap:
         """The map of the inverse convolution: input and output exchanged, the same weight index for each pair."""
         assert self.back is not None, "a submanifold convolution is its own inverse map"
         return replace(self.back, back=replace(self, back=None))
+
+
+@triton.jit
+def _spread(v):
+    """Move bit i of a 16-bit integer to bit 3i."""
+    v = (v | v << 16) & 0x0000_00FF_0000_FF
+    v = (v | v << 8) & 0x00F0_0F00_F00F
+    v = (v | v << 4) & 0x0C30_C30C_30C3
+    return (v | v << 2) & 0x2492_4924_9249
+
+
+@triton.jit(do_not_specialize=ANY_SIZE)
+def pack_points(
+    coords, keys, valid, count, BIAS: tl.constexpr, AXIS_BITS: tl.constexpr, FRAME_BITS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """`maps.pack`: the key of every point, -1 where it lies outside the grid, a number behind all keys where it is not valid.
+
+    coords (count, 4) int32 or int64 b, x, y, z; keys (count,) int64; valid () int64, the first so many points count.
+    Grid: count / BLOCK. Bytes: 16 or 32 read and 8 written a point.
+    """
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < count
+    b = tl.load(coords + 4 * i, mask=inside, other=0).to(tl.int64)
+    key = b << 3 * AXIS_BITS
+    fits = (b >= 0) & (b < 1 << FRAME_BITS)
+    for axis in tl.static_range(3):
+        v = tl.load(coords + 4 * i + 1 + axis, mask=inside, other=0).to(tl.int64) + BIAS
+        fits = fits & (v > 1) & (v < 2 * BIAS - 1)
+        key = key | _spread(v) << 2 - axis
+    key = tl.where(i < tl.load(valid), tl.where(fits, key, -1), 1 << 3 * AXIS_BITS + FRAME_BITS)
+    tl.store(keys + i, key, mask=inside)
 
 
 @triton.jit
@@ -168,6 +198,21 @@ def list_pairs(idx, row, place, pair_in, pair_out, count, size, BLOCK: tl.conste
     tl.store(pair_out + to, tl.load(row + j % count, mask=there, other=0), mask=there)
 
 
+def sorted_keys(coords: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys of the points (N, 4) in order, those of the first `valid` in front, and where each was.
+
+    A point outside the grid stops the program, on a GPU by a device-side assertion: the host does not wait for it.
+    """
+    keys = torch.empty(len(coords), dtype=torch.int64, device=coords.device)
+    if len(keys):
+        grid = (triton.cdiv(len(keys), LANES["BLOCK"]),)
+        pack_points[grid](coords.contiguous(), keys, valid, len(keys), BIAS, AXIS_BITS, FRAME_BITS, **LANES)
+    keys, order = torch.sort(keys, stable=True)
+    if len(keys):
+        torch._assert_async(keys[0] >= 0, f"voxel coordinates outside +-{BIAS - 2}, or more than {1 << FRAME_BITS} frames")
+    return keys, order
+
+
 def hash_table(keys: Tensor) -> tuple[Tensor, Tensor, int]:
     """Table of (N,) int64 keys, at most half full: its keys (size + BLOCK,), its rows (size,) int32, its size."""
     size = 1 << (2 * len(keys)).bit_length()
@@ -184,7 +229,7 @@ def _axes(levels: int, device: torch.device) -> Tensor:
     return torch.tensor([[m << TAG for m in axis_masks(level)] for level in range(levels)], device=device)
 
 
-def _submanifold(keys: Tensor, base: Tensor, sizes: list[int], live: list[Tensor] | list[None]) -> list[SlotMap]:
+def _submanifold(keys: Tensor, base: Tensor, sizes: list[int], live: list[Tensor]) -> list[SlotMap]:
     """Maps of the 3x3x3 convolutions of all levels. keys (total,) with their level below; base (levels + 1,)."""
     total, levels, device = len(keys), len(sizes) - 1, keys.device
     axes = _axes(levels, device)
@@ -204,12 +249,12 @@ def _submanifold(keys: Tensor, base: Tensor, sizes: list[int], live: list[Tensor
     seg = before[(torch.arange(27, device=device) * total)[:, None] + base]  # (27, levels + 1)
     seg = seg.t().contiguous()
     return [
-        SlotMap(idx[:, a:b], row[a:b], mask[a:b], pair_in, pair_out, seg[n], seg[n + 1], b - a, b - a, live=live[n])
+        SlotMap(idx[:, a:b], row[a:b], mask[a:b], pair_in, pair_out, seg[n], seg[n + 1], b - a, b - a, live[n])
         for n, (a, b) in enumerate(pairwise(sizes))
     ]
 
 
-def _strided(keys: Tensor, parent: Tensor, base: Tensor, sizes: list[int], live: list[Tensor] | list[None]) -> list[SlotMap]:
+def _strided(keys: Tensor, parent: Tensor, base: Tensor, sizes: list[int], live: list[Tensor]) -> list[SlotMap]:
     """Maps of the 2x2x2 convolutions between neighbouring levels; parent (sizes[-2],) row of each voxel's parent."""
     fine, device, levels = sizes[-2], keys.device, len(sizes) - 1
     coarse = sizes[-1] - sizes[1]  # the voxels of levels 1 and up
@@ -240,9 +285,9 @@ def _strided(keys: Tensor, parent: Tensor, base: Tensor, sizes: list[int], live:
     for n in range(levels - 1):
         (a, b, c), lists = sizes[n : n + 3], (seg[9 * n : 9 * n + 8], seg[9 * n + 1 : 9 * n + 9])
         col = slice(b - sizes[1], c - sizes[1])
-        inverse = SlotMap(up[0][:, a:b], up[1][a:b], up[2][a:b], pair_out, pair_in, *lists, c - b, b - a, live=live[n + 1])
+        inverse = SlotMap(up[0][:, a:b], up[1][a:b], up[2][a:b], pair_out, pair_in, *lists, c - b, b - a, live[n + 1])
         there = down[0][:, col], down[1][col], down[2][col]
-        maps.append(SlotMap(*there, pair_in, pair_out, *lists, b - a, c - b, inverse, live[n]))
+        maps.append(SlotMap(*there, pair_in, pair_out, *lists, b - a, c - b, live[n], inverse))
     return maps
 
 
@@ -260,9 +305,8 @@ class HashPyramid(Pyramid):
             raise ValueError(f"a pyramid by Triton has 1 to {1 << TAG} levels; found {levels}")
         n, device = len(coords), coords.device
         point = torch.arange(n, device=device)
-        valid = torch.ones_like(point, dtype=torch.bool) if count is None else point < count
-        keys = pack(coords * valid[:, None])
-        keys, self.order = torch.sort(torch.where(valid, keys, NO_POINT), stable=True)  # now, too, the first `count` are valid
+        valid = point < (n if count is None else count)
+        keys, self.order = sorted_keys(coords, torch.full((), n, device=device) if count is None else count)
         depth = torch.arange(levels, device=device)
         at_level = keys >> (3 * depth)[:, None]  # (levels, N), each row sorted
         new = valid.expand(levels, n).clone()
@@ -271,10 +315,8 @@ class HashPyramid(Pyramid):
         if count is None:
             base = torch.cat([depth[:1], counts.cumsum(0)])
             sizes = base.tolist()  # the one synchronisation
-            live: list[Tensor] | list[None] = [None] * levels
         else:
             base, sizes = torch.arange(levels + 1, device=device) * n, [level * n for level in range(levels + 1)]
-            live = list(counts)
             # What is no point gets a row of its own: row j >= count is free on every level, as no level has more voxels.
             rank = torch.where(valid, rank, point)
         voxel = base[:-1, None] + rank  # in the list of all voxels
@@ -288,5 +330,6 @@ class HashPyramid(Pyramid):
         self.voxel[self.order] = rank[0]
         self.start = group_starts(rank[0], sizes[1])
         self.keys = [tagged[a:b] >> TAG for a, b in pairwise(sizes)]
+        live = list(counts.unbind())
         self.same = _submanifold(tagged, base, sizes, live)
         self.down = _strided(tagged, parent, base, sizes, live)

@@ -5,6 +5,7 @@ bf16 is left to a GPU: `tl.dot` in bf16 is wrong in the interpreter.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -16,8 +17,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 from ftdpp import kernels  # noqa: E402
-from ftdpp.kernels import Pyramid, gemm, hash, maps, reference  # noqa: E402
-from ftdpp.models import UNet3D  # noqa: E402
+from ftdpp.kernels import Pyramid, gemm, hash, norm, reference  # noqa: E402
+from ftdpp.models import SparseBatchNorm, UNet3D  # noqa: E402
 
 SIZES = [1, 2, 63, 97, 150]
 CHANNELS = [(1, 16), (24, 48), (112, 16)]  # the input gradient runs each the other way round, too
@@ -35,9 +36,10 @@ def poisoned_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     def poison(t: Tensor) -> Tensor:
         return t.fill_(float("nan") if t.is_floating_point() else torch.iinfo(t.dtype).max // 2)
 
-    new_empty, empty = Tensor.new_empty, torch.empty
+    new_empty, empty, empty_like = Tensor.new_empty, torch.empty, torch.empty_like
     monkeypatch.setattr(Tensor, "new_empty", lambda self, *a, **k: poison(new_empty(self, *a, **k)))
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
 
 
 def maps_of(p: Pyramid) -> dict[str, Any]:
@@ -81,6 +83,14 @@ def test_pyramid_equals_the_reference(n: int) -> None:
 
 def offsets_of(sizes: list[int]) -> list[int]:
     return [k for k, size in enumerate(sizes) for _ in range(size)]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a device-side assertion ends the program")
+@pytest.mark.parametrize("bad", [[0, 2**15 - 1, 0, 0], [0, 0, 0, 1 - 2**15], [-1, 0, 0, 0], [4096, 0, 0, 0], [0, 2**40, 0, 0]])
+def test_points_outside_the_grid_are_refused(bad: list[int]) -> None:
+    with pytest.raises(RuntimeError, match="outside \\+-32766"):
+        hash.HashPyramid(torch.tensor([[0, 1, 2, 3], bad]), 2)
+    hash.HashPyramid(torch.tensor([[0, 1, 2, 3], bad]), 2, torch.tensor(1))  # behind the points it is none
 
 
 def test_neighbours_do_not_wrap_around_the_grid() -> None:
@@ -159,6 +169,71 @@ def test_nothing_is_written_outside() -> None:
     assert (part[3] == 7).all()
     true = torch.autograd.grad(kernels.sparse_conv(x, w.requires_grad_(), m), w, y)[0]
     assert_close(part[1:3].sum(0), true.cpu().double(), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "channels", "live"),
+    [(1, 16, 1), (9, 16, 1), (63, 24, 63), (150, 112, 97), (150, 192, 150), (9000, 16, 4321), (7, 16, 0)],
+)
+def test_batch_norm_and_relu(rows: int, channels: int, live: int, dtype: torch.dtype) -> None:
+    """Output, gradients and statistics of the rows that count, in float64 by PyTorch; the others are NaN on their way in."""
+    torch.manual_seed(rows)
+    exact, ours = SparseBatchNorm(channels).double().train(), SparseBatchNorm(channels).to(DEVICE).train()
+    for n in (exact, ours):
+        with torch.no_grad():
+            n.weight.copy_(torch.linspace(-0.5, 1.5, channels))
+            n.bias.copy_(torch.linspace(-1, 1, channels))
+            for buffer in n.buffers():
+                buffer.fill_(2)
+    x, upstream = (torch.randn(rows, channels) * 3 + 10).to(dtype), torch.randn(rows, channels).to(dtype)
+    x[live:], upstream[live:] = float("nan"), float("nan")
+    a, b = x[:live].double().requires_grad_(), x.to(DEVICE).requires_grad_()
+    wanted, found = exact(a), ours(b, torch.tensor(live, device=DEVICE))
+    assert found.dtype == dtype
+    expected = torch.autograd.grad(wanted, (a, exact.weight, exact.bias), upstream[:live].double())
+    grads = torch.autograd.grad(found, (b, ours.weight, ours.bias), upstream.to(DEVICE))
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    for mine, true in zip((found, *grads), (wanted, *expected), strict=True):
+        assert_close(mine[: len(true)], true, tolerance)
+        assert not mine[len(true) :].any()
+    for mine, true in zip(ours.buffers(), exact.buffers(), strict=True):
+        assert_close(mine, true.double(), 1e-6)
+    assert torch.equal(found, ours(b, torch.tensor(live, device=DEVICE))) or live < 2, "bitwise repeatable"
+
+
+def test_batch_norm_writes_nothing_outside() -> None:
+    """Guard cells on both sides of everything that its kernels write keep their value."""
+    rows, channels, live, tile = 97, 24, torch.tensor(90, device=DEVICE), norm.blocks(24)
+    whole: list[Tensor] = []
+
+    def guarded(*shape: int) -> Tensor:
+        whole.append(torch.full((4096 + math.prod(shape),), 7.0, device=DEVICE))
+        return whole[-1][2048:-2048].view(shape)
+
+    (x, dy), (w, b) = torch.randn(2, rows, channels, device=DEVICE), torch.rand(2, channels, device=DEVICE)
+    y, dx, part, stat = guarded(rows, channels), guarded(rows, channels), guarded(2, 1, channels), guarded(2, channels)
+    dw, db, mean, var = (guarded(channels) for _ in range(4))
+    batches, sizes, grid = torch.tensor(0, device=DEVICE), (channels, 128), (-(-rows // tile["BR"]), 1)
+    norm.sum_rows[(1, 1)](x, y, dy, stat, part, live, *sizes, BACK=False, **tile)
+    inputs = x, y, part, stat, live, w, b, mean, var, batches, rows, *sizes, 1, 0.1, 1e-4
+    norm.normalise[grid](*inputs, SHARES=norm.SHARES, **tile)
+    norm.sum_rows[(1, 1)](x, y, dy, stat, part, live, *sizes, BACK=True, **tile)
+    outputs = x, y, dy, dx, part, stat, live, w, dw, db, rows, channels, 1
+    norm.normalise_backward[grid](*outputs, SHARES=norm.SHARES, **tile)
+    for memory in whole:
+        assert (memory[:2048] == 7).all()
+        assert (memory[-2048:] == 7).all()
+        assert (memory[2048:-2048] != 7).all()
+
+
+def test_batch_norm_lets_nothing_invalid_pass() -> None:
+    """A NaN among the voxels has to come out again, so that a diverged network is noticed."""
+    x = torch.ones(5, 16, device=DEVICE)
+    x[3, 2] = float("nan")
+    out = SparseBatchNorm(16).to(DEVICE).train()(x, torch.tensor(5, device=DEVICE))
+    assert out[:, 2].isnan().all()
+    assert out[:, 3].isfinite().all()
 
 
 def test_no_points() -> None:
@@ -263,7 +338,6 @@ def test_padded_maps_do_not_wait_for_the_host(monkeypatch: pytest.MonkeyPatch) -
         raise AssertionError("a tensor is read by the host")
 
     if DEVICE == "cpu":
-        monkeypatch.setattr(hash, "pack", lambda coords: maps._interleave(coords.long()))  # checks coordinates on the host
         for name in ("tolist", "item", "numpy", "cpu"):
             monkeypatch.setattr(Tensor, name, refuse)
     else:
