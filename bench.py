@@ -1,7 +1,8 @@
 """The yardstick: what each part takes on this machine, beside the least it could take.
 
-The floor of a row is the larger of its floating-point operations over the measured matrix-product rate and its bytes over
-the measured copy rate, both taken in the same rounds (for fp16, too, the product rate of fp32).
+The floor of a row is the largest of its floating-point operations over the measured matrix-product rate, its bytes over the
+measured copy rate and, on a GPU, its kernels times what an empty one takes, all taken in the same rounds (for fp16, too, the
+product rate of fp32).
 Rounds interleave all rows, because shared machines drift.
 """
 
@@ -19,16 +20,18 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ftdpp import data, kernels, losses, train
 from ftdpp.kernels import Pyramid
-from ftdpp.models import CrossModal, UNet3D
+from ftdpp.models import CrossModal, UNet3D, released_name
 
 LOADS = 20  # frames loaded in one go: a single one takes too short
+LAUNCHES = 100  # kernels launched in one go
+COLUMNS = ["date", "machine", "what", "ms", "a second", "GFLOP/s", "GB/s", "kernels", "floor ms", "times floor"]
 
 
 def machine(device: torch.device) -> str:
@@ -63,7 +66,13 @@ def unet_cost(net: UNet3D, pyramid: Pyramid) -> tuple[float, float]:
     return flop, moved
 
 
-Case = tuple[Callable[[], object], float, float]  # what to time, its FLOP, its bytes
+class Case(NamedTuple):
+    """What to time, its FLOP and bytes, and how often the call does it."""
+
+    call: Callable[[], object]
+    flop: float = 0.0
+    moved: float = 0.0
+    times: int = 1
 
 
 def whole_sweep(points: np.ndarray) -> torch.Tensor:
@@ -89,9 +98,11 @@ def run(
     big, other = torch.randn(2, mib * 2**18, device=device)
     product, stream = f"matrix product {side}^3", f"copy {mib} MiB"
     cases: dict[str, Case] = {
-        product: (lambda: torch.mm(a, b), 2.0 * side**3, 0.0),
-        stream: (lambda: other.copy_(big), 0.0, 2.0 * big.numel() * 4),
+        product: Case(lambda: torch.mm(a, b), flop=2.0 * side**3),
+        stream: Case(lambda: other.copy_(big), moved=2.0 * big.numel() * 4),
     }
+    if gpu:
+        cases |= launch_cases(device)
     for frames in batches:
         batch = data.collate([data.sample(src.frame(i), None, 0, np.random.default_rng(0)) for i in range(frames)])
         cases |= unet_cases(batch.coords, f"{frames} frame{'s' if frames > 1 else ''}", device)
@@ -108,25 +119,32 @@ def run(
             i = next(counter) % len(src)
             data.sample(src.frame(i), data.Augment(), 0, np.random.default_rng(i))
 
-    cases["load and augment a frame, one core"] = (load, 0.0, 0.0)
+    cases["load and augment a frame, one core"] = Case(load, times=LOADS)
     cases |= step_cases(root, cache, device)
 
     times: dict[str, list[float]] = {name: [] for name in cases}
+    kernel_count: dict[str, int] = {}
     for i in range(rounds + 1):  # the first round warms up, and compiles
-        for name, (call, *_) in cases.items():
+        for name, case in cases.items():
             if gpu:
                 torch.cuda.synchronize()
             begin = time.perf_counter()
-            call()
+            case.call()
             if gpu:
                 torch.cuda.synchronize()
             if i:
-                times[name].append((time.perf_counter() - begin) / (LOADS if name.startswith("load") else 1))
+                times[name].append((time.perf_counter() - begin) / case.times)
+            elif gpu:
+                kernel_count[name] = launches(case.call)
     median = {name: statistics.median(t) for name, t in times.items()}
-    flops, bandwidth = cases[product][1] / median[product], cases[stream][2] / median[stream]
+    flops, bandwidth = cases[product].flop / median[product], cases[stream].moved / median[stream]
     rows = []
-    for name, (_, flop, moved) in cases.items():
-        floor = max(flop / flops, moved / bandwidth) if flop or moved else None
+    for name, case in cases.items():
+        flop, moved = case.flop, case.moved
+        bounds = [flop / flops, moved / bandwidth] if flop or moved else []
+        if gpu and case.times == 1:
+            bounds.append(kernel_count[name] * median[IN_GRAPH if "CUDA graph" in name else LAUNCHED])
+        floor = max(bounds, default=None)
         rows.append(
             {
                 "what": name,
@@ -134,6 +152,7 @@ def run(
                 "a second": 1 / median[name],
                 "GFLOP/s": flop / median[name] / 1e9 if flop else None,
                 "GB/s": moved / median[name] / 1e9 if moved else None,
+                "kernels": kernel_count.get(name),
                 "floor ms": 1e3 * floor if floor else None,
                 "times floor": median[name] / floor if floor else None,
             }
@@ -141,15 +160,41 @@ def run(
     return rows
 
 
+LAUNCHED, IN_GRAPH = "an empty kernel, launched", "an empty kernel, in a CUDA graph"
+
+
+def launch_cases(device: torch.device) -> dict[str, Case]:
+    """What a kernel takes that has nothing to do."""
+    cell, graph = torch.zeros(1, device=device), torch.cuda.CUDAGraph()
+
+    def launch() -> None:
+        for _ in range(LAUNCHES):
+            cell.add_(1)
+
+    launch()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        launch()
+    return {LAUNCHED: Case(launch, times=LAUNCHES), IN_GRAPH: Case(graph.replay, times=LAUNCHES)}
+
+
+def launches(call: Callable[[], object]) -> int:
+    """How many kernels and copies a call puts on the GPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.count for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)
+
+
 def unet_cases(coords: torch.Tensor, label: str, device: torch.device) -> dict[str, Case]:
     """Maps, forward, and forward + backward with the maps built (warm) and not (cold), on points (N, 4); on a GPU in half
-    precision too; and spconv on the same voxels where it is installed."""
+    precision too; and spconv and SparseConvNet on the same voxels where they are installed."""
     net, flat = UNet3D(), Pyramid(coords)
     flop, moved = unet_cost(net, flat)
     net, coords = net.to(device), coords.to(device)
     feat, built = torch.ones(len(coords), 1, device=device), kernels.pyramid(coords)
     label = f"{label}, {len(flat.keys[0]):,} voxels"
-    cases: dict[str, Case] = {f"maps, {label}": (lambda: kernels.pyramid(coords), 0.0, 0.0)}
+    cases: dict[str, Case] = {f"maps, {label}": Case(lambda: kernels.pyramid(coords))}
 
     def add(what: str, model: torch.nn.Module, call: Callable[[], torch.Tensor], half: bool) -> None:
         def forward() -> torch.Tensor:
@@ -165,8 +210,8 @@ def unet_cases(coords: torch.Tensor, label: str, device: torch.device) -> dict[s
             forward().sum().backward()
 
         dtype, least = ", fp16" if half else "", moved / 2 if half else moved
-        cases[f"{what}, forward, {label}{dtype}"] = evaluate, flop, least
-        cases[f"{what}, forward+backward, {label}{dtype}"] = learn, 3 * flop, 3 * least
+        cases[f"{what}, forward, {label}{dtype}"] = Case(evaluate, flop, least)
+        cases[f"{what}, forward+backward, {label}{dtype}"] = Case(learn, 3 * flop, 3 * least)
 
     for half in (False, True) if device.type == "cuda" else (False,):
         add("sparse U-Net m=16, maps warm", net, lambda: net(feat, built), half)
@@ -174,10 +219,19 @@ def unet_cases(coords: torch.Tensor, label: str, device: torch.device) -> dict[s
         if device.type == "cuda":
             graphed = captured(net, coords, half)
             add("sparse U-Net m=16, maps cold, in a CUDA graph", net, graphed, half)
+        peers: list[Any] = []
         if importlib.util.find_spec("spconv") is not None:
-            peer = SpconvUNet(net, built)
+            peers.append(SpconvUNet(net, built))
+        if importlib.util.find_spec("sparseconvnet") is not None and not half:  # it has no half precision
+            peers.append(SparseConvNetUNet(net, coords))
+        for peer in peers:
             add(f"{peer.name}, maps cold", peer, peer, half)
     return cases
+
+
+def deviation(found: torch.Tensor, wanted: torch.Tensor) -> str:
+    """How far a peer's output is from ours, as a share of the largest value, in words."""
+    return f"output differs by {((found - wanted).abs().max() / wanted.abs().max()).item():.0e}"
 
 
 class PaddedUNet(torch.nn.Module):
@@ -251,8 +305,8 @@ class SpconvUNet(torch.nn.Module):
         self.input = lambda: spconv.SparseConvTensor(feat, at, size, int(at[:, 0].max()) + 1)
         with torch.no_grad():
             wanted = net(torch.ones(len(pyramid.voxel), 1, device=at.device), pyramid)
-            off = ((self()[pyramid.voxel] - wanted).abs().max() / wanted.abs().max()).item()
-        self.name = f"spconv {importlib.metadata.version('spconv')} (output differs by {off:.0e})"
+            off = deviation(self()[pyramid.voxel], wanted)
+        self.name = f"spconv {importlib.metadata.version('spconv')} ({off})"
 
     def forward(self) -> torch.Tensor:
         """(V, m). The maps are built anew in each call; spconv does not reuse those of strided convolutions."""
@@ -270,6 +324,38 @@ class SpconvUNet(torch.nn.Module):
         return self.norms.norm(x.features)
 
 
+class SparseConvNetUNet(torch.nn.Module):
+    """The same network with the same weights by SparseConvNet, as xMUDA and FtD++ build it, from the same points (N, 4).
+    It is no dependency of ours; this class wants it installed."""
+
+    def __init__(self, net: UNet3D, coords: torch.Tensor) -> None:
+        super().__init__()
+        import sparseconvnet as scn
+
+        m = net.norm.num_features
+        at = coords[:, [1, 2, 3, 0]].long().cpu()  # it reads the coordinates on the host
+        at[:, :3] -= at[:, :3].amin(0) >> 6 << 6  # a multiple of every stride, so that both have the same coarse voxels
+        size = 1 << int(at[:, :3].max()).bit_length()
+        self.net = scn.Sequential(
+            scn.InputLayer(3, size, mode=4),  # 4: the mean of a voxel's points
+            scn.SubmanifoldConvolution(3, 1, m, 3, False),
+            scn.UNet(3, 1, [m * (level + 1) for level in range(net.levels)], False),
+            scn.BatchNormReLU(m),
+            scn.OutputLayer(3),
+        ).to(coords.device)
+        ours = net.state_dict()
+        with torch.no_grad():
+            for name, tensor in self.net.state_dict().items():
+                tensor.copy_(ours[released_name("3d", f"sparseModel.{name}").removeprefix("net_3d.trunk.")].view_as(tensor))
+            feat = torch.ones(len(coords), 1, device=coords.device)
+            self.input = lambda: [at, feat]
+            self.name = f"SparseConvNet ({deviation(self(), net(feat, kernels.pyramid(coords)))})"
+
+    def forward(self) -> torch.Tensor:
+        """(N, m). The maps are built anew in each call."""
+        return self.net(self.input())
+
+
 def step_cases(root: Path, cache: Path, device: torch.device) -> dict[str, Case]:
     """Whole training steps, without loading, and the parts of FtD++'s: each network forward and backward on one batch. A step
     has two such passes and the teacher's forward pass. The paper's preset on a GPU, the small one on a CPU."""
@@ -282,9 +368,9 @@ def step_cases(root: Path, cache: Path, device: torch.device) -> dict[str, Case]
         labelled, unlabelled = train.Batches(job.recipe, 0, [src], tgt)[0]
         item = labelled.to(device), unlabelled.to(device) if unlabelled is not None else None
         label = f"{preset} preset, batch {r.batch}, {precision}"
-        cases[f"training step, {method}, {label}"] = (partial(job.learn, *item), 0.0, 0.0)
+        cases[f"training step, {method}, {label}"] = Case(partial(job.learn, *item))
         if method == "ftdpp":
-            cases |= {f"... {what}, {label}": (call, 0.0, 0.0) for what, call in network_parts(job.student, item[0]).items()}
+            cases |= {f"... {what}, {label}": Case(call) for what, call in network_parts(job.student, item[0]).items()}
     return cases
 
 
@@ -312,12 +398,19 @@ def network_parts(model: CrossModal, batch: data.Batch) -> dict[str, Callable[[]
     return {f"{part.__name__}, forward+backward": partial(learn, part) for part in (camera, lidar, fusion)}
 
 
+def check_columns(path: Path) -> None:
+    """Raises DataError if rows cannot be added to this file."""
+    found = path.read_text().splitlines()[:1] if path.exists() else [",".join(COLUMNS)]
+    if found != [",".join(COLUMNS)]:
+        raise data.DataError(f"{path}: begins with {found}, not with the columns {','.join(COLUMNS)}; name another file with --out")
+
+
 def append(path: Path, rows: list[dict[str, Any]], device: torch.device) -> None:
     """Add the rows to a CSV, with date and machine."""
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as f:
-        writer = csv.DictWriter(f, ["date", "machine", *rows[0]])
+        writer = csv.DictWriter(f, COLUMNS)
         if new:
             writer.writeheader()
         for row in rows:

@@ -768,6 +768,8 @@ def bench(
     from ftdpp import screen
     from ftdpp.kernels import check
 
+    if out is not None:
+        benchmark.check_columns(out)
     folder = _cache(cache)[0]
     dev, _ = _device(device)
     wrong = [c for c in check.run(dev) if not c.ok]

@@ -475,3 +475,9 @@ def test_bench(world: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.Mon
     for _ in range(2):
         bench.append(tmp_path / "cpu.csv", rows, cpu)
     assert len((tmp_path / "cpu.csv").read_text().splitlines()) == 1 + 2 * len(rows)
+    bench.check_columns(tmp_path / "cpu.csv")
+    (tmp_path / "other.csv").write_text("date,loss\n")
+    result = ftd("bench", "--out", str(tmp_path / "other.csv"))
+    assert result.exit_code == 3, result.output
+    assert "other.csv: begins with" in result.output
+    assert (tmp_path / "other.csv").read_text() == "date,loss\n"
