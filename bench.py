@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from ftdpp import data, kernels, losses, train
 from ftdpp.kernels import Pyramid
@@ -368,10 +369,17 @@ def step_cases(root: Path, cache: Path, device: torch.device) -> dict[str, Case]
         labelled, unlabelled = train.Batches(job.recipe, 0, [src], tgt)[0]
         item = labelled.to(device), unlabelled.to(device) if unlabelled is not None else None
         label = f"{preset} preset, batch {r.batch}, {precision}"
-        cases[f"training step, {method}, {label}"] = Case(partial(job.learn, *item))
+        cases[f"training step, {method}, {label}"] = counted(partial(job.learn, *item))
         if method == "ftdpp":
-            cases |= {f"... {what}, {label}": Case(call) for what, call in network_parts(job.student, item[0]).items()}
+            cases |= {f"... {what}, {label}": counted(call) for what, call in network_parts(job.student, item[0]).items()}
     return cases
+
+
+def counted(call: Callable[[], object]) -> Case:
+    """A case with the FLOP of its products and convolutions, those in Triton aside, counted in one run."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return Case(call, float(counter.get_total_flops()))
 
 
 def network_parts(model: CrossModal, batch: data.Batch) -> dict[str, Callable[[], object]]:
@@ -402,7 +410,7 @@ def check_columns(path: Path) -> None:
     """Raises DataError if rows cannot be added to this file."""
     found = path.read_text().splitlines()[:1] if path.exists() else [",".join(COLUMNS)]
     if found != [",".join(COLUMNS)]:
-        raise data.DataError(f"{path}: begins with {found}, not with the columns {','.join(COLUMNS)}; name another file with --out")
+        raise data.DataError(f"{path}: begins with {found}, not with {','.join(COLUMNS)}; name another file with --out")
 
 
 def append(path: Path, rows: list[dict[str, Any]], device: torch.device) -> None:
