@@ -68,12 +68,13 @@ def unet_cost(net: UNet3D, pyramid: Pyramid) -> tuple[float, float]:
 
 
 class Case(NamedTuple):
-    """What to time, its FLOP and bytes, and how often the call does it."""
+    """What to time, its FLOP and bytes, how often the call does it, and for a CUDA graph the call that was captured."""
 
     call: Callable[[], object]
     flop: float = 0.0
     moved: float = 0.0
     times: int = 1
+    captured: Callable[[], object] | None = None
 
 
 def whole_sweep(points: np.ndarray) -> torch.Tensor:
@@ -124,7 +125,6 @@ def run(
     cases |= step_cases(root, cache, device)
 
     times: dict[str, list[float]] = {name: [] for name in cases}
-    kernel_count: dict[str, int] = {}
     for i in range(rounds + 1):  # the first round warms up, and compiles
         for name, case in cases.items():
             if gpu:
@@ -135,8 +135,8 @@ def run(
                 torch.cuda.synchronize()
             if i:
                 times[name].append((time.perf_counter() - begin) / case.times)
-            elif gpu:
-                kernel_count[name] = launches(case.call)
+    # Counted last, since the profiler slows down what comes after it, and never in a graph, which it may break.
+    kernel_count = {name: launches(case.captured or case.call) for name, case in cases.items() if gpu}
     median = {name: statistics.median(t) for name, t in times.items()}
     flops, bandwidth = cases[product].flop / median[product], cases[stream].moved / median[stream]
     rows = []
@@ -144,7 +144,7 @@ def run(
         flop, moved = case.flop, case.moved
         bounds = [flop / flops, moved / bandwidth] if flop or moved else []
         if gpu and case.times == 1:
-            bounds.append(kernel_count[name] * median[IN_GRAPH if "CUDA graph" in name else LAUNCHED])
+            bounds.append((kernel_count[name] or 0) * median[IN_GRAPH if case.captured else LAUNCHED])
         floor = max(bounds, default=None)
         rows.append(
             {
@@ -166,25 +166,42 @@ LAUNCHED, IN_GRAPH = "an empty kernel, launched", "an empty kernel, in a CUDA gr
 
 def launch_cases(device: torch.device) -> dict[str, Case]:
     """What a kernel takes that has nothing to do."""
-    cell, graph = torch.zeros(1, device=device), torch.cuda.CUDAGraph()
+    cell = torch.zeros(1, device=device)
 
     def launch() -> None:
         for _ in range(LAUNCHES):
             cell.add_(1)
 
-    launch()
-    torch.cuda.synchronize()
+    return {LAUNCHED: Case(launch, times=LAUNCHES), IN_GRAPH: Case(captured(launch), times=LAUNCHES, captured=launch)}
+
+
+def launches(call: Callable[[], object]) -> int | None:
+    """How many kernels and copies a call puts on the GPU; None where the profiler does not say."""
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return None
+    return sum(event.count for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA) or None
+
+
+def captured(call: Callable[[], object]) -> Callable[[], object]:
+    """The call as a CUDA graph: after the first rounds, which compile and allocate, each replay repeats its kernels."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        launch()
-    return {LAUNCHED: Case(launch, times=LAUNCHES), IN_GRAPH: Case(graph.replay, times=LAUNCHES)}
-
-
-def launches(call: Callable[[], object]) -> int:
-    """How many kernels and copies a call puts on the GPU."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
-        torch.cuda.synchronize()
-    return sum(event.count for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)
+
+    def replay(graph: Any = graph, kept: object = call) -> None:  # what the call reads has to stay where it is
+        graph.replay()
+
+    return replay
 
 
 def unet_cases(coords: torch.Tensor, label: str, device: torch.device) -> dict[str, Case]:
@@ -218,8 +235,14 @@ def unet_cases(coords: torch.Tensor, label: str, device: torch.device) -> dict[s
         add("sparse U-Net m=16, maps warm", net, lambda: net(feat, built), half)
         add("sparse U-Net m=16, maps cold", net, lambda: net(feat, kernels.pyramid(coords)), half)
         if device.type == "cuda":
-            graphed = captured(net, coords, half)
-            add("sparse U-Net m=16, maps cold, in a CUDA graph", net, graphed, half)
+            padded = PaddedUNet(net, coords, half)
+            with torch.no_grad(), torch.autocast(device.type, torch.float16, enabled=half):
+                off = deviation(padded.replayed(), net(feat, built))
+            what = f"sparse U-Net m=16, maps cold, in a CUDA graph ({off})"
+            for whole, call, share in (("forward", padded.evaluate, 1), ("forward+backward", padded.learn, 3)):
+                least = share * (moved / 2 if half else moved)
+                case = Case(captured(call), share * flop, least, captured=call)
+                cases[f"{what}, {whole}, {label}{', fp16' if half else ''}"] = case
         peers: list[Any] = []
         if importlib.util.find_spec("spconv") is not None:
             peers.append(SpconvUNet(net, built))
@@ -236,25 +259,35 @@ def deviation(found: torch.Tensor, wanted: torch.Tensor) -> str:
 
 
 class PaddedUNet(torch.nn.Module):
-    """Maps and network in one call of fixed sizes: what a CUDA graph can hold."""
+    """A copy of the network on points (N, 4) with room for a quarter more, maps included: fixed sizes for a CUDA graph."""
 
-    def __init__(self, net: UNet3D, half: bool) -> None:
+    def __init__(self, net: UNet3D, coords: torch.Tensor, half: bool) -> None:
         super().__init__()
-        self.net, self.fp16 = net, half
+        self.net, self.fp16, self.points = copy.deepcopy(net), half, len(coords)
+        self.coords = torch.cat([coords, torch.zeros_like(coords[: len(coords) // 4])])
+        self.count = torch.tensor(len(coords), device=coords.device)
+        self.feat = torch.ones(len(self.coords), 1, device=coords.device)
 
-    def forward(self, coords: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-        """coords (N, 4), of which the first `count` are points; returns (N, m)."""
-        with torch.autocast(coords.device.type, torch.float16, enabled=self.fp16, cache_enabled=False):
-            feat = torch.ones(len(coords), 1, device=coords.device)
-            return self.net(feat, kernels.pyramid(coords, self.net.levels, count))
+    def forward(self) -> torch.Tensor:
+        """(N, m)."""
+        with torch.autocast(self.coords.device.type, torch.float16, enabled=self.fp16, cache_enabled=False):
+            return self.net(self.feat, kernels.pyramid(self.coords, self.net.levels, self.count))[: self.points]
 
+    @torch.no_grad()
+    def evaluate(self) -> torch.Tensor:
+        return self()
 
-def captured(net: UNet3D, coords: torch.Tensor, half: bool) -> Callable[[], torch.Tensor]:
-    """The network on these points as a CUDA graph with room for a quarter more."""
-    padded = torch.cat([coords, torch.zeros_like(coords[: len(coords) // 4])])
-    args = padded, torch.tensor(len(coords), device=coords.device)
-    graph: Any = torch.cuda.make_graphed_callables(PaddedUNet(net, half), args)
-    return lambda: graph(*args)[: len(coords)]
+    def learn(self) -> None:
+        self.zero_grad()
+        self().sum().backward()
+
+    def replayed(self) -> torch.Tensor:
+        """The output of a replay, with everything that the capture left in it wiped out before."""
+        kept: list[torch.Tensor] = []
+        replay = captured(lambda: kept.append(self.evaluate()))
+        kept[-1].fill_(float("nan"))
+        replay()
+        return kept[-1]
 
 
 class SpconvUNet(torch.nn.Module):
@@ -301,9 +334,9 @@ class SpconvUNet(torch.nn.Module):
         voxels = pyramid.coords()
         low = voxels[:, 1:].amin(0) >> 6 << 6  # a multiple of every stride, so that both have the same coarse voxels
         at = torch.cat([voxels[:, :1], voxels[:, 1:] - low], 1).contiguous()
-        size = [(int(n) + 64) // 64 * 64 for n in at[:, 1:].amax(0)]
+        size, frames = [(int(n) + 64) // 64 * 64 for n in at[:, 1:].amax(0)], int(at[:, 0].max()) + 1
         feat = torch.ones(len(at), 1, device=at.device)
-        self.input = lambda: spconv.SparseConvTensor(feat, at, size, int(at[:, 0].max()) + 1)
+        self.input = lambda: spconv.SparseConvTensor(feat, at, size, frames)
         with torch.no_grad():
             wanted = net(torch.ones(len(pyramid.voxel), 1, device=at.device), pyramid)
             off = deviation(self()[pyramid.voxel], wanted)
@@ -408,7 +441,7 @@ def network_parts(model: CrossModal, batch: data.Batch) -> dict[str, Callable[[]
 
 def check_columns(path: Path) -> None:
     """Raises DataError if rows cannot be added to this file."""
-    found = path.read_text().splitlines()[:1] if path.exists() else [",".join(COLUMNS)]
+    found = path.read_text(errors="replace").splitlines()[:1] if path.exists() else [",".join(COLUMNS)]
     if found != [",".join(COLUMNS)]:
         raise data.DataError(f"{path}: begins with {found}, not with {','.join(COLUMNS)}; name another file with --out")
 

@@ -142,7 +142,8 @@ def _convolve(x: Tensor, weight: Tensor, m: SlotMap, flip: int) -> Tensor:
 def _gradient(x: Tensor, grad: Tensor, m: SlotMap, offsets: int) -> Tensor:
     cin, cout = x.shape[1], grad.shape[1]
     blocks = gradient_blocks(cin, cout)
-    splits = min(max(m.n_out // 1024, 1), 32)  # of the sizes alone, so that the order of addition is fixed
+    # Of the sizes alone, so that the order of addition is fixed; wide layers, which padded maps make no smaller, get fewer.
+    splits = min(max(m.n_out // 1024, 1), 32, max(65536 // (cin * cout), 1))
     part = torch.empty(splits, offsets, cin, cout, device=x.device)
     tiles = triton.cdiv(cin, blocks["BI"]) * triton.cdiv(cout, blocks["BO"])
     weight_gradient[(offsets, splits, tiles)](

@@ -279,7 +279,7 @@ def _strided(keys: Tensor, parent: Tensor, base: Tensor, sizes: list[int], live:
     idx = torch.full((9, fine), -1, dtype=torch.int32, device=device)
     idx.view(-1)[octant[order] * fine + torch.arange(fine, device=device)] = pair_out
     up = idx[:8], pair_in, (1 << octant[order] & 255).int()
-    seg = group_starts(group, 9 * (levels - 1))
+    seg = torch.searchsorted(group[order], torch.arange(9 * (levels - 1) + 1, device=device))
 
     maps = []
     for n in range(levels - 1):
@@ -311,7 +311,10 @@ class HashPyramid(Pyramid):
         at_level = keys >> (3 * depth)[:, None]  # (levels, N), each row sorted
         new = valid.expand(levels, n).clone()
         new[:, 1:] &= at_level[:, 1:] != at_level[:, :-1]
-        counts, rank = new.sum(1), new.cumsum(1) - 1  # of each level's voxels; of each point's voxel on each level
+        counts = new.sum(1)  # voxels of each level
+        # The voxel of each point on each level, by one running sum over all levels: one a level would keep only as many
+        # multiprocessors busy as there are levels.
+        rank = new.flatten().cumsum(0).view(levels, n) - (counts.cumsum(0) - counts + 1)[:, None]
         if count is None:
             base = torch.cat([depth[:1], counts.cumsum(0)])
             sizes = base.tolist()  # the one synchronisation
@@ -321,7 +324,10 @@ class HashPyramid(Pyramid):
             rank = torch.where(valid, rank, point)
         voxel = base[:-1, None] + rank  # in the list of all voxels
         no_voxel = depth - (1 << TAG)
-        tagged = no_voxel.repeat_interleave(base.diff(), output_size=sizes[-1])
+        if count is None:  # every voxel has a point, which writes it below
+            tagged = torch.empty(sizes[-1], dtype=torch.int64, device=device)
+        else:
+            tagged = no_voxel[:, None].expand(levels, n).flatten()
         # Points of one voxel write the same value, so it does not matter which of them comes last.
         tagged[voxel] = torch.where(valid, at_level << TAG | depth[:, None], no_voxel[:, None])
         parent = torch.full((sizes[-2],), max(n - 1, 0), device=device)
