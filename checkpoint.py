@@ -60,9 +60,12 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise RunError(f"{path}: not a readable safetensors file ({error})") from None
     if text is None:
         raise RunError(f"{path}: a safetensors file, but not written by ftd; convert a released checkpoint with: ftd convert")
-    meta = json.loads(text)
-    if meta.get("format") != FORMAT:
-        raise RunError(f"{path}: format {meta.get('format')}, this version reads {FORMAT}")
+    try:
+        meta = json.loads(text)
+    except ValueError as error:
+        raise RunError(f"{path}: its metadata is damaged ({error})") from None
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise RunError(f"{path}: format {meta.get('format') if isinstance(meta, dict) else meta!r}, this version reads {FORMAT}")
     return meta
 
 
@@ -72,8 +75,17 @@ def read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): file.get_tensor(k) for k in file.keys() if k.startswith(prefix)}  # noqa: SIM118
 
 
-def stored_recipe(meta: dict[str, Any]) -> Recipe:
+def stored_recipe(meta: dict[str, Any], path: Path) -> Recipe:
+    """The recipe of a checkpoint. A setting that came later has its default: that is what older files did.
+
+    Raises:
+        RunError: it has settings, or a class set, that this version does not know.
+    """
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["recipe"].items()}
+    strange = sorted(values.keys() - {f.name for f in dataclasses.fields(Recipe)})
+    if strange or values.get("classes", Recipe.classes) not in CLASS_SETS:
+        what = f"setting {strange[0]!r}" if strange else f"class set {values['classes']!r}"
+        raise RunError(f"{path}: has the {what}, which this version does not know; use the version of ftd that wrote it")
     return Recipe(**values)
 
 
@@ -81,14 +93,36 @@ def build(r: Recipe) -> CrossModal:
     return CrossModal(len(CLASS_SETS[r.classes].names), r.width, r.m, r.fusion, r.dropout, r.precision)
 
 
+def load_state(model: torch.nn.Module, path: Path, prefix: str) -> None:
+    """Load the tensors under `prefix`.
+
+    Raises:
+        RunError: one is missing, left over, of another shape or not finite.
+    """
+    theirs, mine = read_tensors(path, prefix), model.state_dict()
+    for name in sorted(theirs.keys() | mine.keys()):
+        found, wanted = (tuple(t[name].shape) if name in t else None for t in (theirs, mine))
+        if found != wanted:
+            raise RunError(
+                f"{path}: {prefix}{name} is {'missing' if found is None else found}, by its recipe it should be "
+                f"{'missing' if wanted is None else wanted}; the file is damaged, make it anew"
+            )
+        if not theirs[name].isfinite().all():
+            raise RunError(f"{path}: {prefix}{name} holds values that are not finite; make the checkpoint anew")
+    model.load_state_dict(theirs)
+
+
 def load_student(path: Path, device: torch.device | str = "cpu") -> tuple[CrossModal, Recipe, dict[str, Any]]:
     """The student of a checkpoint, in eval mode, with its recipe and metadata."""
+    if path.suffix in (".pth", ".pt", ".ckpt"):
+        raise RunError(f"{path}: not one of our checkpoints; turn the released ones into one with: ftd convert")
     meta = read_metadata(path)
     if "recipe" not in meta:
-        raise RunError(f"{path}: not a checkpoint")
-    r = stored_recipe(meta)
+        what = "a pseudo-label file" if "thresholds_2d" in meta else "a file without a recipe"
+        raise RunError(f"{path}: {what}, not a checkpoint; name a run folder, its best.safetensors or its last.safetensors")
+    r = stored_recipe(meta, path)
     model = build(r)
-    model.load_state_dict(read_tensors(path, "student/"))
+    load_state(model, path, "student/")
     return model.to(device).eval(), r, meta
 
 

@@ -4,7 +4,7 @@ A frame is one LiDAR sweep and the image of the front camera. `list_frames` find
 the points that fall into the image and writes them once into flat memory-mapped files, `Index.frame` reads one back,
 `sample` augments and voxelises it, `collate` concatenates samples into a `Batch`. A row is a point everywhere.
 
-Conventions: metres, LiDAR frame, x forward for KITTI; pixels are (row, col); images are RGB; coords are voxels of 5 cm.
+Conventions: metres, LiDAR frame, x forward for KITTI; pixels are (row, col); images are RGB; coords are voxels (paper: 5 cm).
 "released code" below is the code its authors published with the FtD++ paper.
 """
 
@@ -385,8 +385,6 @@ def _join_nuscenes(root: Path, directory: Path) -> list[tuple[FrameRef, str, str
 def _list_nuscenes(root: Path, domain: Domain, split: str | None, version: str | None) -> list[FrameRef]:
     def chosen(ref: FrameRef, location: str, description: str) -> bool:
         scene = ref.scene.removeprefix("scene-")
-        if split is None:
-            return True
         if split == "train_labelled":  # the released lists, with no look at the location
             return scene in SSDA_LABELLED
         if split == "train_unlabelled":
@@ -399,6 +397,8 @@ def _list_nuscenes(root: Path, domain: Domain, split: str | None, version: str |
             "day": not night,
         }[domain.name]:
             return False
+        if split is None:
+            return True
         if split == "test" or scene in OFFICIAL_VAL:
             return split == "test" and scene in OFFICIAL_VAL
         return (split == "val") == (scene in _VAL_SCENES.get(domain.name, ()))
@@ -447,7 +447,7 @@ def _list_kitti(root: Path, domain: Domain, split: str | None, version: str | No
 def list_frames(
     root: str | Path, domain: Domain, split: str | None, version: str | None = None, frames: Sequence[str] | None = None
 ) -> list[FrameRef]:
-    """The frames of a split in a fixed order (scene, then time); `split` None: of all scenes.
+    """The frames of a split in a fixed order (scene, then time); `split` None: of all scenes of the domain.
 
     `version` picks "v1.0-mini" or "v1.0-trainval" (nuScenes; by default trainval if it is there). `frames` restricts to
     these tokens. Files of frames are not opened or looked for here. Raises DataError for an unknown split or token, and

@@ -151,6 +151,12 @@ def family(r: Recipe) -> dict[str, str]:
     return {"scenario": r.scenario, "method": r.method, "classes": r.classes}
 
 
+def made_from(index: Index) -> dict[str, Any]:
+    """What a pseudo-label file is about, for people: domain, split and image size."""
+    identity = index.identity
+    return {"domain": identity["domain"], "split": identity["split"] or "chosen frames", "image size": identity["size"]}
+
+
 @torch.no_grad()
 def write_pseudo_labels(
     path: Path,
@@ -191,6 +197,7 @@ def write_pseudo_labels(
         "checkpoint": checkpoint,
         "content": index.fingerprint["content"],
         "frames": len(index),
+        **made_from(index),
     }
     for m in ("2d", "3d"):
         label, thresholds = refine(torch.cat(found[f"label_{m}"]), torch.cat(found[f"prob_{m}"]), len(names))
@@ -233,9 +240,13 @@ class PseudoLabels:
                     f"this {key} with: ftd pseudo RUN --out FILE"
                 )
         if self.meta["content"] != index.fingerprint["content"]:
+            mine = {**made_from(index), "frames": len(index)}
+            differing = [k for k in mine if self.meta.get(k, mine[k]) != mine[k]]
+            what = f"{differing[0]} {self.meta[differing[0]]}" if differing else "other frames"
+            wanted = f"{differing[0]} {mine[differing[0]]}" if differing else "frames of its own"
             raise RunError(
-                f"{path}: made from other frames ({self.meta['frames']}) than this run's unlabelled target "
-                f"({len(index)}); run ftd pseudo on a run with the same --data, image size and frames"
+                f"{path}: made from {what}, this run's unlabelled target has {wanted}; make one from a first stage with the same "
+                f"data, image size and frames: ftd pseudo RUN --domain {mine['domain']} --out FILE"
             )
         if not sum(self.meta["kept_2d"]) or not sum(self.meta["kept_3d"]):
             raise RunError(f"{path}: keeps no label; train the first stage longer")

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -37,10 +38,12 @@ Src = Annotated[
     str, typer.Option(help="Labelled source domain: usa, day, skitti (vkitti and a2d2 have recipes, their readers follow).")
 ]
 Tgt = Annotated[str, typer.Option(help="Unlabelled target domain: singapore, night, skitti.")]
-Data = Annotated[Path | None, typer.Option("--data", help="Root of the data set. Without it: the built-in street world.")]
+Data = Annotated[
+    Path | None, typer.Option("--data", help="Root of the data set. Without it: the run's own, or the built-in street world.")
+]
 Version = Annotated[str | None, typer.Option("--data-version", help="nuScenes version folder, e.g. v1.0-mini.")]
 Cache = Annotated[Path | None, typer.Option(help="Folder of prepared data; default $FTD_CACHE or ~/.cache/ftd.")]
-Preset = Annotated[str | None, typer.Option(help="paper or small; default: paper on a GPU, small on a CPU.")]
+Preset = Annotated[str | None, typer.Option(help="paper or small; default: paper for real data on a GPU, else small.")]
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Override a number of the recipe; repeatable.")
 ]
@@ -87,6 +90,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             if "can't allocate memory" not in str(error):  # how torch reports it on a CPU
                 raise
             raise _fail("out of memory; use --preset small or a smaller --set batch=...", OUT_OF_MEMORY) from None
+        except OSError as error:
+            raise _fail(f"{error.filename or 'a file'}: {error.strerror or error}", FAILED) from None
         except (Interrupted, KeyboardInterrupt) as error:
             raise _fail(str(error) or "interrupted", INTERRUPTED) from None
 
@@ -111,6 +116,8 @@ def _device(name: str | None) -> tuple[Any, str]:
     why = "--device" if name else "a GPU is present" if found else "no GPU is present"
     try:
         device = torch.device(name or ("cuda" if found else "cpu"))
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are supported")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise _fail(f"--device {name}: {str(error).splitlines()[0]}; use cpu", USAGE) from None
@@ -121,10 +128,24 @@ def _device(name: str | None) -> tuple[Any, str]:
     return device, why
 
 
-def _preset(name: str | None, device: Any) -> tuple[str, str]:
+def _preset(name: str | None, device: Any, built_in: bool) -> tuple[str, str]:
     if name:
         return name, "--preset"
+    if built_in:
+        return "small", "the built-in world is made for it"
     return ("paper", "a GPU is present") if device.type == "cuda" else ("small", "two CPU cores train it in minutes")
+
+
+def _writable(path: Path, folder: bool = False) -> None:
+    """Refuses a file (or folder) that cannot be written, before hours of work that would be lost."""
+    place = path if folder else path.parent
+    if path.is_dir() and not folder:
+        raise _fail(f"{path}: is a folder; name a file", USAGE)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise _fail(f"{path}: cannot be written there ({error.strerror}); choose another place", USAGE) from None
 
 
 def _world(src: str, tgt: str, cache: Path, console: Console) -> Path:
@@ -145,7 +166,10 @@ def _world(src: str, tgt: str, cache: Path, console: Console) -> Path:
     )
     with locked(root), screen.bar(console) as tell:
         if not root.is_dir():
-            synth.write_world(root, src, tgt, progress=lambda done, total: tell(done, total, "building the street world"))
+            workers = os.cpu_count() or 1
+            synth.write_world(
+                root, src, tgt, workers=workers, progress=lambda done, total: tell(done, total, "building the street world")
+            )
     return root
 
 
@@ -160,6 +184,11 @@ def _sources(
 ) -> tuple[Source, Source]:
     from ftdpp.train import Source
 
+    if (roots[0] is None) != (roots[1] is None):
+        side = "--tgt-data" if roots[1] is None else "--src-data"
+        raise _fail(f"one domain has a root and the other has none; name it with {side}, or both with --data", USAGE)
+    if None in roots and version is not None:
+        raise _fail(f"--data-version {version}: the built-in world has no versions; name a root with --data", USAGE)
     world = _world(src, tgt, cache, console) if None in roots else None
     made = []
     for domain, root, chosen in zip((src, tgt), roots, frames, strict=True):
@@ -170,12 +199,17 @@ def _sources(
 
 
 def _check_pretrained(pretrained: str | None, r: Recipe) -> None:
-    from ftdpp import losses
+    from ftdpp import losses, models
 
     if pretrained and r.width != 64:
         raise losses.RecipeError("--pretrained: ImageNet weights fit a network of width 64 only; use --preset paper")
     if pretrained and pretrained != "download" and not Path(pretrained).is_file():
         raise losses.RecipeError(f"--pretrained {pretrained}: no such file; or --pretrained download")
+    if pretrained:  # before hours of preparing data, not after
+        try:
+            models.load_imagenet(models.UNet2D(r.width), None if pretrained == "download" else pretrained)
+        except (ValueError, OSError) as error:
+            raise losses.RecipeError(f"--pretrained {pretrained}: {error}") from None
 
 
 def _weights_fact(pretrained: str | None) -> tuple[str, str, str]:
@@ -237,7 +271,7 @@ def train(
     preset: Preset = None,
     steps: Annotated[int | None, typer.Option(help="Iterations; default: the recipe's.", min=1)] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/SRC-TGT-METHOD-SEED.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/SRC-TGT-METHOD-seedN, with -ssda and -pl.")] = None,
     data: Data = None,
     src_data: Annotated[Path | None, typer.Option(help="Root of the source, where it differs from --data.")] = None,
     tgt_data: Annotated[Path | None, typer.Option(help="Root of the target, where it differs from --data.")] = None,
@@ -267,7 +301,7 @@ def train(
         if domain not in DOMAINS:
             raise losses.unknown(f"domain {what}", domain, list(DOMAINS))
     dev, dev_why = _device(device)
-    preset, preset_why = _preset(preset, dev)
+    preset, preset_why = _preset(preset, dev, None in (src_data or data, tgt_data or data))
     overrides = [*(set_ or []), *([f"steps={steps}"] if steps else [])]
     if pseudo and not pseudo.is_file():
         raise _fail(f"--pseudo {pseudo}: no such file; make one with: ftd pseudo RUN --out {pseudo}", USAGE)
@@ -280,6 +314,7 @@ def train(
         raise _fail(f"{out} already holds a run; continue it with --resume, or choose another folder with --out", USAGE)
     if resume and not (out / "last.safetensors").exists():
         raise _fail(f"{out}: nothing to resume, there is no last.safetensors; leave --resume out to begin", USAGE)
+    _writable(out, folder=True)
     folder, folder_why = _cache(cache)
     source, target = _sources(
         src, tgt, (src_data or data, tgt_data or data), data_version, (src_frames, tgt_frames), folder, console
@@ -302,7 +337,7 @@ def train(
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise _fail("--tensorboard: not installed; pip install 'ftdpp[tensorboard]'", USAGE) from None
+            raise _fail("--tensorboard: not installed; pip install '.[tensorboard]'", USAGE) from None
         board = SummaryWriter(str(out / "tensorboard"))
     display = screen.Display(console, engine.work_left(run))
     with display.progress:
@@ -323,7 +358,7 @@ def train(
 def _checkpoint(run: Path, which: str) -> Path:
     from ftdpp.train import RunError
 
-    if run.suffix == ".safetensors":
+    if run.suffix == ".safetensors" or run.is_file():
         return run
     if which not in ("best", "last"):
         raise _fail(f"--checkpoint {which}: expected best or last", USAGE)
@@ -346,7 +381,12 @@ def _run_source(
     if domain is not None:
         _domain(domain)
     record = (run if run.is_dir() else run.parent) / "run.json"
-    stored = json.loads(record.read_text()) if record.is_file() else None
+    try:
+        stored = json.loads(record.read_text()) if record.is_file() else None
+    except ValueError as error:
+        raise RunError(
+            f"{record}: damaged ({error}); name the data with --data and --domain, and a checkpoint instead of RUN"
+        ) from None
     if stored is None and (data is None or domain is None):
         raise RunError(f"{run}: no run.json beside it, so where its data lies is unknown; name it with --data and --domain")
     side = next((stored[k] for k in ("tgt", "src") if domain in (None, stored[k]["domain"])), None) if stored else None
@@ -384,6 +424,8 @@ def evaluate(
     from ftdpp.data import DOMAINS, splits
 
     console = screen.messages()
+    if overlay is not None:
+        _writable(overlay, folder=True)
     path = _checkpoint(run, checkpoint)
     dev, _ = _device(device)
     model, r, meta = files.load_student(path, dev)
@@ -394,12 +436,12 @@ def evaluate(
     with screen.bar(console) as tell:
         index = source.index(split, r, _cache(cache)[0], tell)
         score = protocol.evaluate(model, index, r, f"{path.name}, iteration {meta['iteration']}", dev, tell)
-    if overlay is not None:
-        _overlays(overlay, model, index, r, dev, console)
     if as_json:
         print(json.dumps({**score.as_dict(), "method": r.method, "scenario": r.scenario, "seed": meta.get("seed")}))
-        return
-    screen.results().print(screen.score_table(score, r.method))
+    else:
+        screen.results().print(screen.score_table(score, r.method))
+    if overlay is not None:
+        _overlays(overlay, model, index, r, dev, console)
 
 
 def _overlays(folder: Path, model: Any, index: Any, r: Recipe, dev: Any, console: Console, count: int = 4) -> None:
@@ -448,6 +490,9 @@ def pseudo(
     from ftdpp import train as engine
 
     console = screen.messages()
+    _writable(out)
+    if overlay is not None:
+        _writable(overlay, folder=True)
     path = _checkpoint(run, checkpoint)
     dev, _ = _device(device)
     model, r, meta = files.load_student(path, dev)
@@ -478,6 +523,7 @@ def convert(
     from ftdpp import losses, screen
 
     r = losses.recipe(scenario)
+    _writable(out)
     files.convert_checkpoints({"2d": net_2d, "3d": net_3d, "fusion": fusion}, r, out)
     screen.messages().print(f"wrote {out}; evaluate it with: ftd eval {out} --domain {scenario.split('-')[1]} --data ROOT")
 
@@ -500,8 +546,10 @@ def _jobs(scenario: str, methods: str, seeds: str, preset: str, overrides: list[
 
     try:
         numbers = [int(s) for s in seeds.split(",")]
+        if min(numbers) < 0:
+            raise ValueError
     except ValueError:
-        raise losses.RecipeError(f"--seeds {seeds}: expected numbers, as in 0,1,2") from None
+        raise losses.RecipeError(f"--seeds {seeds}: expected numbers from 0 on, as in 0,1,2") from None
     jobs = []
     for seed in numbers:
         for method in methods.split(","):
@@ -544,7 +592,7 @@ def compare(
 
     console = screen.messages()
     dev, dev_why = _device(device)
-    preset, preset_why = _preset(preset, dev)
+    preset, preset_why = _preset(preset, dev, data is None)
     folder, folder_why = _cache(cache)
     jobs = _jobs(f"{src}-{tgt}" + ("-ssda" if ssda else ""), methods, seeds, preset, set_ or [], out)
     _check_pretrained(pretrained, jobs[0].recipe)
@@ -744,6 +792,7 @@ def data_synth(
         raise _fail(f"no scenario for {src} -> {tgt}; there is {pairs}", USAGE)
     if out.exists():
         raise _fail(f"{out} exists; choose a new folder", USAGE)
+    _writable(out)
     try:
         with screen.bar(console) as tell:
             synth.write_world(out, src, tgt, counts, seed, workers, lambda done, total: tell(done, total, "ray casting"))
@@ -769,6 +818,7 @@ def bench(
     from ftdpp.kernels import check
 
     if out is not None:
+        _writable(out)
         benchmark.check_columns(out)
     folder = _cache(cache)[0]
     dev, _ = _device(device)

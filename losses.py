@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ftdpp.data import CLASS_SETS, IGNORE, Batch, density_transfer, fda, mixup
+from ftdpp.data import CLASS_SETS, GRID, IGNORE, Batch, density_transfer, fda, mixup
 from ftdpp.models import CrossModal, Logits
 
 # ---- loss functions: each is a mean over points, and 0 (with a graph) when no point counts --------------------------
@@ -281,7 +281,7 @@ def recipe(
         if found not in table:
             raise unknown(what, found, list(table))
     row, size = dict(SCENARIOS[scenario]), dict(PRESETS[preset])
-    xmuda, kitti = row.pop("xmuda"), size.pop("kitti", {})
+    xmuda, kitti = row.pop("xmuda", {}), size.pop("kitti", {})
     if "crop" in row:
         size |= kitti
     values = {**row, **(xmuda if method in BASED_ON_XMUDA else {}), **METHODS[method], **size}
@@ -324,8 +324,17 @@ def _check(r: Recipe) -> None:
         "student_mix, teacher_mix, fda_beta and ema must lie in 0..1": all(0 <= v <= 1 for v in shares),
         "dropout wants two numbers in 0..1 (2D encoder, attention)": len(r.dropout) == 2 and all(0 <= p < 1 for p in r.dropout),
         "image and crop want H,W; 0,0 for none": len(r.image) == len(r.crop) == 2 and min(*r.image, *r.crop) >= 0,
-        "width must be a multiple of 8 and m of 4": min(r.width, r.m) > 0 and r.width % 8 == 0 and r.m % 4 == 0,
-        "voxels_per_metre must be above 0": r.voxels_per_metre > 0,
+        # Narrower than 16, oneDNN's gradient of the strided 1x1 convolutions writes past its memory (torch 2.13, a CPU).
+        "width must be a multiple of 16 and m of 4": min(r.width, r.m) > 0 and r.width % 16 == 0 and r.m % 4 == 0,
+        "the width/2 heads of the attention have to share 4 m channels evenly: m must be a multiple of width/8": (
+            not r.fusion or 8 * r.m % max(r.width, 1) == 0
+        ),
+        f"voxels_per_metre must lie in 0..40: a cloud of 100 m has to fit into a grid of {GRID} voxels a side": (
+            0 < r.voxels_per_metre <= 40
+        ),
+        "gamma and class weights must not be negative, and one class weight must be above 0": (
+            min(r.gamma, *r.class_weights, 0) >= 0 and (not r.class_weights or max(r.class_weights) > 0)
+        ),
     }
     broken = [rule for rule, holds in rules.items() if not holds]
     if broken:
@@ -375,11 +384,16 @@ def stylise(labelled: Batch, unlabelled: Batch, r: Recipe, coin: bool) -> tuple[
     return image, density_transfer(labelled.coords, unlabelled.coords, len(labelled.image))
 
 
+def source_share(frames: int) -> int:
+    """How many frames of a semi-supervised batch, its first ones, are of the source; the others are labelled target frames."""
+    return round(0.5 * frames)
+
+
 def supervised_loss(logits: Tensor, batch: Batch, weight: Tensor, weight_tgt: Tensor | None) -> Tensor:
     """Cross-entropy of the labelled batch. Semi-supervised: the mean of its source half and its target half."""
     if weight_tgt is None:
         return cross_entropy(logits, batch.label, weight)
-    is_source = batch.coords[:, 0] < round(0.5 * len(batch.image))
+    is_source = batch.coords[:, 0] < source_share(len(batch.image))
     source, target = batch.label.masked_fill(~is_source, IGNORE), batch.label.masked_fill(is_source, IGNORE)
     return 0.5 * (cross_entropy(logits, source, weight) + cross_entropy(logits, target, weight_tgt))
 

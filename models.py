@@ -105,14 +105,22 @@ def load_imagenet(trunk: UNet2D, file: str | Path | None = None) -> None:
     """Load torchvision's ResNet-34 weights into the encoder, from `file` or by download.
 
     Raises:
-        ValueError: the file is not such a state dict, or the trunk is not of the paper's width.
+        ValueError: the file is not such a state dict, or the trunk is not of the paper's width. OSError: it cannot be fetched.
     """
     if file is None:
-        state = torch.hub.load_state_dict_from_url(RESNET34_URL, progress=False, map_location="cpu", weights_only=True)
+        try:
+            state = torch.hub.load_state_dict_from_url(RESNET34_URL, progress=False, map_location="cpu", weights_only=True)
+        except OSError as error:  # also how a failed download is reported
+            raise OSError(f"{RESNET34_URL}: {error}; fetch it by hand and name the file with --pretrained FILE") from None
     else:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises several kinds for a file that is not a plain state dict
+            raise ValueError(f"{file}: not a state dict that can be read without running its code ({error})") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{file or RESNET34_URL}: holds a {type(state).__name__}, not the state dict of torchvision's ResNet-34")
     wanted = {k: v for k, v in trunk.state_dict().items() if not k.startswith(("up.", "merge."))}
-    bad = [k for k, v in wanted.items() if k not in state or state[k].shape != v.shape]
+    bad = [k for k, v in wanted.items() if k not in state or getattr(state[k], "shape", None) != v.shape]
     if bad:
         raise ValueError(
             f"{file or RESNET34_URL}: not torchvision's ResNet-34 for a trunk of width "
@@ -436,8 +444,8 @@ class CrossModal(nn.Module):
 def update_teacher(teacher: nn.Module, student: nn.Module, step: int, decay: float = 0.999) -> None:
     """EMA of the parameters, `teacher = a * teacher + (1 - a) * student`, a = min(1 - 1/(step + 1), decay), step from 1.
 
-    Until step 1 / (1 - decay) this is the plain mean of the student's past. Buffers are left alone: the teacher runs in train
-    mode and normalises with the statistics of its own batch.
+    Until step 1 / (1 - decay) this is the plain mean of the teacher's own start and of the students so far. Buffers are left
+    alone: the teacher runs in train mode and normalises with the statistics of its own batch.
     """
     weight = 1 - min(1 - 1 / (step + 1), decay)
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), weight)

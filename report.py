@@ -35,7 +35,7 @@ IGNORED = (120, 120, 120)
 
 def _colours(label: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
     table = np.full((256, 3), IGNORED, np.uint8)
-    table[: len(names)] = [COLOURS[n] for n in names]
+    table[: len(names)] = [COLOURS.get(n, IGNORED) for n in names]
     table[UNLABELLED] = IGNORED
     return table[label]
 

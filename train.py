@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from ftdpp import data
-from ftdpp.checkpoint import FORMAT, RunError, build, read_metadata, read_tensors, save
+from ftdpp.checkpoint import FORMAT, RunError, build, load_state, read_metadata, read_tensors, save, stored_recipe
 from ftdpp.data import CLASS_SETS, DOMAINS, Augment, Batch, Index, collate, sample
 from ftdpp.evaluate import PseudoLabels, Score, evaluate
-from ftdpp.losses import Recipe, log_smoothed_weights, step, uses_target, uses_teacher
+from ftdpp.losses import Recipe, log_smoothed_weights, source_share, step, uses_target, uses_teacher
 from ftdpp.models import CrossModal, load_imagenet, update_teacher
 
 
@@ -137,7 +137,7 @@ class Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, iteration: int) -> tuple[Batch, Batch | None]:
         r = self.recipe
-        sizes = [r.batch] if len(self.labelled) == 1 else [round(0.5 * r.batch), r.batch - round(0.5 * r.batch)]
+        sizes = [r.batch] if len(self.labelled) == 1 else [source_share(r.batch), r.batch - source_share(r.batch)]
         samples = [s for stream, n in zip(self.labelled, sizes, strict=True) for s in stream.take(iteration, n, r)]
         labelled, unlabelled = collate(samples), None
         if self.unlabelled is not None:
@@ -251,7 +251,7 @@ class Run:
 
     def metadata(self) -> dict[str, Any]:
         """No time and no path in it: equal runs write equal bytes."""
-        r, n = self.recipe, self.recipe.batch
+        r = self.recipe
         return {
             "format": FORMAT,
             "recipe": dataclasses.asdict(r),
@@ -261,8 +261,6 @@ class Run:
             "validation_owed": self.owed,
             "class_names": CLASS_SETS[r.classes].names,
             "torch": torch.__version__,
-            "rng": {"seed": self.seed, "iteration": self.iteration},
-            "sampler": {"frames_drawn": self.iteration * n},
             "data": [i.fingerprint["content"] for i in [*self.labelled, *([self.unlabelled] if self.unlabelled else [])]],
             "pseudo": self.pseudo.meta["labels"] if self.pseudo else None,
             "pretrained": bool(self.pretrained),
@@ -298,8 +296,7 @@ class Run:
                     f"{self.last_path}: made with {key} {meta[key]!r}, this command has {mine[key]!r}; repeat the "
                     "command that began the run, or choose another --out"
                 )
-        # A setting that came later has its default in older files: that is what they did.
-        theirs = {**json.loads(json.dumps(dataclasses.asdict(Recipe()))), **meta["recipe"]}
+        theirs = json.loads(json.dumps(dataclasses.asdict(stored_recipe(meta, self.last_path))))
         differing = [k for k, v in mine["recipe"].items() if theirs[k] != v and k != "save_every"]
         if differing:
             k = differing[0]
@@ -307,9 +304,9 @@ class Run:
                 f"{self.last_path}: made with {k}={theirs[k]!r}, this command has {mine['recipe'][k]!r}; repeat the "
                 "command that began the run, or choose another --out"
             )
-        self.student.load_state_dict(read_tensors(self.last_path, "student/"))
+        load_state(self.student, self.last_path, "student/")
         if self.teacher is not None:
-            self.teacher.load_state_dict(read_tensors(self.last_path, "teacher/"))
+            load_state(self.teacher, self.last_path, "teacher/")
         params = dict(self.student.named_parameters())
         for key, tensor in read_tensors(self.last_path, "optimizer/").items():
             name, _, slot = key.rpartition("/")
@@ -488,18 +485,23 @@ def assemble(
 
     def row(side: str, index: Index, why: str) -> tuple[str, str, str]:
         split = index.identity["split"] or "chosen frames"
+        if index.identity["split"] is None:
+            source = src if index.identity["domain"] == src.domain and index.identity["root"] == str(src.root) else tgt
+            test = data.list_frames(source.root, DOMAINS[source.domain], "test", source.version)
+            held_out = len({ref.token for ref in test} & set(index.tokens))
+            why += f"; {held_out} OF THEM BELONG TO THE TEST SPLIT" if held_out else ""
         return side, f"{len(index)} frames, {index.fingerprint['points']:,} points", f"{index.identity['domain']} {split}: {why}"
 
     facts = [row("labelled", index, "supervised loss") for index in labelled]
     if unlabelled is not None:
         facts.append(row("unlabelled", unlabelled, "adaptation; labels are never read"))
-    facts.append(("validation", f"{len(validation)} frames" if validation is not None else "off", reason))
+    facts.append(row("validation", validation, reason) if validation is not None else ("validation", "off", reason))
     products = "products in tf32" if run.device.type == "cuda" else "exact"
     faster = f"{products}; --set precision=bf16 is faster where the hardware has it"
     facts.append(("precision", r.precision, faster if r.precision == "fp32" else "--set precision"))
     facts.append(("workers", str(count), f"{cores} cores" if workers is None else "--workers"))
     weights = " ".join(f"{w:.2f}" for w in run.recipe.class_weights)
-    facts.append(("class weights", weights, "of the paper" if r.class_weights else "log-smoothed counts of the labelled points"))
+    facts.append(("class weights", weights, "of the recipe" if r.class_weights else "log-smoothed counts of the labelled points"))
     return run, facts
 
 

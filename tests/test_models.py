@@ -41,10 +41,10 @@ def test_parameter_counts(classes: int, fusion: bool, two: int, three: int) -> N
 
 @pytest.mark.parametrize("size", [(16, 16), (17, 33), (30, 47), (1, 1)])
 def test_unet2d_pads_and_crops(size: tuple[int, int]) -> None:
-    net = UNet2D(8).eval()
+    net = UNet2D(16).eval()
     image = torch.rand(2, 3, *size)
     out = net(image)
-    assert out.shape == (2, 8, *size)
+    assert out.shape == (2, 16, *size)
     padded = torch.zeros(2, 3, *(-(-s // 16) * 16 for s in size))
     padded[..., : size[0], : size[1]] = image
     assert torch.allclose(out, net(padded)[..., : size[0], : size[1]], atol=1e-6)
@@ -52,7 +52,7 @@ def test_unet2d_pads_and_crops(size: tuple[int, int]) -> None:
 
 def test_imagenet_weights(tmp_path: Path) -> None:
     """The encoder carries torchvision's names; a file of another network is refused."""
-    net = UNet2D(8)
+    net = UNet2D(16)
     names = set(net.state_dict())
     assert {
         "conv1.weight",
@@ -72,8 +72,8 @@ def test_imagenet_weights(tmp_path: Path) -> None:
     load_imagenet(net, tmp_path / "resnet34.pth")
     assert torch.equal(net.state_dict()["layer3.5.conv2.weight"], state["layer3.5.conv2.weight"])
     assert torch.equal(net.up[0][0].weight, before)  # type: ignore[index]
-    with pytest.raises(ValueError, match="width 16"):
-        load_imagenet(UNet2D(16), tmp_path / "resnet34.pth")
+    with pytest.raises(ValueError, match="width 32"):
+        load_imagenet(UNet2D(32), tmp_path / "resnet34.pth")
 
 
 @pytest.mark.parametrize("n", [1, 2, 97])
