@@ -324,7 +324,7 @@ def _check(r: Recipe) -> None:
         "student_mix, teacher_mix, fda_beta and ema must lie in 0..1": all(0 <= v <= 1 for v in shares),
         "dropout wants two numbers in 0..1 (2D encoder, attention)": len(r.dropout) == 2 and all(0 <= p < 1 for p in r.dropout),
         "image and crop want H,W; 0,0 for none": len(r.image) == len(r.crop) == 2 and min(*r.image, *r.crop) >= 0,
-        # Narrower than 16, oneDNN's gradient of the strided 1x1 convolutions writes past its memory (torch 2.13, a CPU).
+        # Narrower than 16, oneDNN's gradient of the strided 1x1 convolutions crashes (torch 2.13 on a CPU).
         "width must be a multiple of 16 and m of 4": min(r.width, r.m) > 0 and r.width % 16 == 0 and r.m % 4 == 0,
         "the width/2 heads of the attention have to share 4 m channels evenly: m must be a multiple of width/8": (
             not r.fusion or 8 * r.m % max(r.width, 1) == 0
