@@ -299,7 +299,7 @@ def recipe(
             raise unknown("setting", name, list(fields))
         made = dataclasses.replace(made, **{name: _parse(name, value, getattr(made, name), str(fields[name].type))})
     _check(made)
-    if pseudo and not (made.pseudo and uses_target(made)):
+    if pseudo and not made.pseudo:
         raise RecipeError("--pseudo needs a pseudo weight above 0")
     if made.pseudo and not pseudo:
         raise RecipeError("pseudo > 0 needs pseudo-labels; name their file with --pseudo FILE")

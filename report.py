@@ -1,7 +1,4 @@
-"""Pictures of what a model sees: labels drawn over the camera image, and from above.
-
-The HTML report is to grow here.
-"""
+"""Pictures of what a model sees: labels drawn over the camera image, and from above."""
 
 from __future__ import annotations
 

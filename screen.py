@@ -9,13 +9,14 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from ftdpp import train
 from ftdpp.evaluate import HEADS, Score
@@ -56,6 +57,17 @@ def bar(console: Console) -> Iterator[Callable[[int, int, str], None]]:
         yield tell
 
 
+class _Live(Progress):
+    """The bar, and below it lines as long as they need to be: what stands in the bar's columns is cut to the terminal's width."""
+
+    below = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.below:
+            yield Text(self.below, style="dim")
+
+
 class Display:
     """Live view of one training or several: bar, ETA, data-wait share, memory, every loss term.
 
@@ -63,9 +75,7 @@ class Display:
     """
 
     def __init__(self, console: Console, work: float) -> None:
-        self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), console=console
-        )
+        self.progress = _Live(TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[note]}"), console=console)
         self.task = self.progress.add_task("starting", total=work, note="")
         self.work, self.done, self.waited, self.worked = work, 0.0, 0.0, 0.0
         self.begin: float | None = None
@@ -79,10 +89,10 @@ class Display:
         self.worked += event.seconds
         eta = int((now - self.begin) / self.done * max(self.work - self.done, 0))
         terms = " ".join(f"{k} {v:.2f}" for k, v in event.terms.items())
-        note = (
-            f"{event.iteration} | ETA {eta // 60}:{eta % 60:02d} | {event.seconds * 1e3:.0f} ms | "
-            f"data wait {self.waited / self.worked:.0%} | {memory / 2**30:.1f} GiB\n{terms}"
+        self.progress.below = (
+            f"  {event.seconds * 1e3:.0f} ms, data wait {self.waited / self.worked:.0%}, {memory / 2**30:.1f} GiB: {terms}"
         )
+        note = f"{event.iteration} | ETA {eta // 60}:{eta % 60:02d}"
         self.progress.update(self.task, description=name, completed=self.done, note=note)
 
     def validated(self, name: str, score: Score, best: bool, units: float) -> None:

@@ -1,6 +1,6 @@
 """Sparse 3D convolution: voxel pyramids, their kernel maps, and the operations on them.
 
-Everything else imports from here and does not know which implementation runs: Triton on a GPU (`hash.py` builds the maps,
+Everything else imports from here and need not know which implementation runs: Triton on a GPU (`hash.py` builds the maps,
 `gemm.py` multiplies, `norm.py` normalises), plain PyTorch on a CPU (`maps.py`, `reference.py`). Both give the same voxels in
 the same order and the same pairs. `FTD_KERNELS=torch|triton` overrides the choice; `backend()` says what runs and why.
 """

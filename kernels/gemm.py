@@ -20,8 +20,7 @@ from torch import Tensor
 from ftdpp.kernels.hash import ANY_PLACE, SlotMap
 
 ANY_SIZE = ["count", "columns", "flip", "splits"]
-# An index is fetched, then the row it names, then they are multiplied: with 5 stages two rows are on their way, with 3 or 4 one
-# (shared memory in bench/kernels.csv).
+# An index is fetched, then the row it names, then they are multiplied: with 5 stages two rows are on their way, with 3 or 4 one.
 STAGES = 5
 FUSION = {"enable_fp_fusion": True}  # a product and a sum in one instruction; Triton 3.9 warns when this is left open
 

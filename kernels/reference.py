@@ -2,8 +2,8 @@
 
 A convolution is `gather -> one matrix product per offset -> sum of runs`: rows of the input are gathered in pair order, the
 pairs of an offset share one weight matrix, and each output sums its run of products. The centre, where every row meets itself,
-needs the product alone. The gradients are the same moves on the transposed map. Sums go through `segment_sum`, in a fixed
-order, so results repeat to the bit.
+needs the product alone. The gradients are the same moves on the transposed map. Sums are over runs, in a fixed order, so
+results repeat to the bit.
 """
 
 from __future__ import annotations

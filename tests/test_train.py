@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import signal
@@ -15,12 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from ftdpp import bench, checkpoint, data, evaluate, kernels, losses, train
+from ftdpp import bench, checkpoint, data, evaluate, kernels, losses, screen, train
 from ftdpp.data import IGNORE
 from ftdpp.ftd import app
 
@@ -274,6 +276,20 @@ def test_named_frames_of_the_test_split_are_announced(world: Path, cache: Path, 
         else:
             assert result.exit_code == 0, result.output
             assert f"{len(test)} OF THEM BELONG TO THE TEST SPLIT" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_every_loss_term_is_visible(width: int) -> None:
+    """On a narrow terminal, too."""
+    console = Console(width=width, file=io.StringIO())
+    display = screen.Display(console, 10.0)
+    terms = dict.fromkeys(("seg_2d", "seg_3d", "mimic_2d_src", "mimic_3d_src", "mimic_2d_tgt", "distill_fused"), 0.25)
+    display.step("source-only seed 0", train.Step(7, terms, 0.5, 0.1), 1.0, 2**30)
+    for line in display.progress.get_renderables():
+        console.print(line)
+    shown = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    for wanted in ("source-only seed 0", "7 | ETA 0:04", "500 ms, data wait 10%, 1.0 GiB", *(f"{name} 0.25" for name in terms)):
+        assert wanted in shown or (width == 40 and wanted[:6] == "source")
 
 
 def test_help_is_immediate() -> None:
