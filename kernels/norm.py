@@ -69,6 +69,15 @@ def sum_rows(x, y, dy, stat, part, live, channels, share, BACK: tl.constexpr, BR
     tl.store(to + tl.num_programs(0) * channels, tl.sum(second, 0), mask=in_c)
 
 
+@triton.jit
+def _read_sums(part, c, in_c, channels, shares, SHARES: tl.constexpr):
+    """The two sums of every share for the channels c: (SHARES, BC) each, 0 where there are fewer shares."""
+    s = tl.arange(0, SHARES)[:, None]
+    cell = part + s * channels + c[None, :]
+    there = (s < shares) & in_c[None, :]
+    return tl.load(cell, mask=there, other=0.0), tl.load(cell + shares * channels, mask=there, other=0.0)
+
+
 @triton.jit(do_not_specialize=[*ANY_SIZE, "rows"])
 def normalise(
     x, y, part, stat, live, weight, bias, running_mean, running_var, batches,
@@ -82,15 +91,12 @@ def normalise(
     n = tl.load(live)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     in_c = c < channels
-    s = tl.arange(0, SHARES)
-    sums = part + s[:, None] * channels + c[None, :]
-    there = (s < shares)[:, None] & in_c[None, :]
-    count = tl.minimum(tl.maximum(n - s * share, 0), share).to(tl.float32)[:, None]
-    means = tl.load(sums, mask=there, other=0.0)
+    means, squares = _read_sums(part, c, in_c, channels, shares, SHARES)
+    count = tl.minimum(tl.maximum(n - tl.arange(0, SHARES) * share, 0), share).to(tl.float32)[:, None]
     total = tl.maximum(n, 1).to(tl.float32)
     mean = tl.sum(means * count, 0) / total
     apart = means - mean[None, :]
-    var = tl.sum(tl.load(sums + shares * channels, mask=there, other=0.0) + count * apart * apart, 0) / total
+    var = tl.sum(squares + count * apart * apart, 0) / total
     old_mean = tl.load(running_mean + c, mask=in_c, other=0.0)
     old_var = tl.load(running_var + c, mask=in_c, other=1.0)
     enough = n > 1
@@ -123,11 +129,8 @@ def normalise_backward(
     n = tl.load(live)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     in_c = c < channels
-    s = tl.arange(0, SHARES)
-    sums = part + s[:, None] * channels + c[None, :]
-    there = (s < shares)[:, None] & in_c[None, :]
-    db = tl.sum(tl.load(sums, mask=there, other=0.0), 0)
-    dw = tl.sum(tl.load(sums + shares * channels, mask=there, other=0.0), 0)
+    first_sums, second_sums = _read_sums(part, c, in_c, channels, shares, SHARES)
+    db, dw = tl.sum(first_sums, 0), tl.sum(second_sums, 0)
     first = tl.program_id(0) == 0
     tl.store(dbias + c, db, mask=in_c & first)
     tl.store(dweight + c, dw, mask=in_c & first)
