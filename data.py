@@ -995,12 +995,15 @@ class Batch:
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Concatenates samples. Raises ValueError for none, or for images of different sizes (KITTI without a crop)."""
+    """Concatenates samples. Raises ValueError for none, DataError for images of different sizes (KITTI without a crop)."""
     if not samples:
         raise ValueError("collate needs at least one sample, found none")
     sizes = {tuple(s.image.shape[1:]) for s in samples}
     if len(sizes) > 1:
-        raise ValueError(f"images of different sizes {sorted(sizes)} in one batch: use batch size 1, or crop or resize")
+        raise DataError(
+            f"images of different sizes {sorted(sizes)} in one batch: crop or resize them (--set crop=H,W, --set image=H,W) or use "
+            "batches of one (--set batch=1, --set eval_batch=1)"
+        )
     counts = [len(s.label) for s in samples]
     frame = torch.repeat_interleave(torch.arange(len(samples), dtype=torch.int32), torch.tensor(counts))
     return Batch(
@@ -1021,10 +1024,13 @@ def fda(source: Tensor, target: Tensor, beta: float = 0.1) -> Tensor:
     """Images (B,3,H,W): the target's low-frequency amplitudes under the source's phase.
 
     In the un-shifted spectrum the low frequencies are the four corners; their side is floor(beta * min(H, W)). Not
-    clamped to [0,1], as released. Raises ValueError if the shapes differ.
+    clamped to [0,1], as released. Raises DataError if the shapes differ.
     """
     if source.shape != target.shape:
-        raise ValueError(f"fda pairs images one to one: source {tuple(source.shape)}, target {tuple(target.shape)}")
+        raise DataError(
+            f"fda pairs images one to one: source {tuple(source.shape)}, target {tuple(target.shape)}; crop or resize both alike "
+            "(--set crop=H,W, --set image=H,W)"
+        )
     side = math.floor(beta * min(source.shape[-2:]))
     spectrum = torch.fft.fft2(source)
     amplitude, style = spectrum.abs(), torch.fft.fft2(target).abs()

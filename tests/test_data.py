@@ -623,7 +623,7 @@ def test_collate() -> None:
     assert moved.label_3d is None and not batch.image.is_meta
     wide = sample(a_frame(10, 112, 208), None, 0, np.random.default_rng(0))
     assert collate([wide]).image.shape[-1] == 208
-    with pytest.raises(ValueError, match=r"different sizes \[\(112, 200\), \(112, 208\)\].*batch size 1"):
+    with pytest.raises(DataError, match=r"different sizes \[\(112, 200\), \(112, 208\)\].*batch=1"):
         collate([wide, samples[0]])
     with pytest.raises(ValueError, match="at least one"):
         collate([])
@@ -646,7 +646,7 @@ def test_fda(size: tuple[int, int]) -> None:
             # Real output needs a symmetric spectrum; for r = side the mirror row lies inside, so look at inner cells.
             if low == ((h - r) % h < side or (h - r) % h >= h - side) * ((w - c) % w < side or (w - c) % w >= w - side):
                 torch.testing.assert_close(a[..., r, c], (t if low else s)[..., r, c], atol=2e-3, rtol=1e-3)
-    with pytest.raises(ValueError, match="one to one"):
+    with pytest.raises(DataError, match="one to one"):
         fda(source, target[:1])
 
 
