@@ -1001,8 +1001,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
     sizes = {tuple(s.image.shape[1:]) for s in samples}
     if len(sizes) > 1:
         raise DataError(
-            f"images of different sizes {sorted(sizes)} in one batch: crop or resize them (--set crop=H,W, --set image=H,W) or use "
-            "batches of one (--set batch=1, --set eval_batch=1)"
+            f"images of different sizes {sorted(sizes)} in one batch: crop or resize them (--set crop=H,W, --set image=H,W), or "
+            "use batches of one (--set batch=1, --set eval_batch=1)"
         )
     counts = [len(s.label) for s in samples]
     frame = torch.repeat_interleave(torch.arange(len(samples), dtype=torch.int32), torch.tensor(counts))
