@@ -441,14 +441,14 @@ def network_parts(model: CrossModal, batch: data.Batch) -> dict[str, Callable[[]
 
 def check_columns(path: Path) -> None:
     """Raises DataError if rows cannot be added to this file."""
-    found = path.read_text(errors="replace").splitlines()[:1] if path.exists() else [",".join(COLUMNS)]
-    if found != [",".join(COLUMNS)]:
+    found = path.read_text(errors="replace").splitlines()[:1] if path.exists() else []
+    if found not in ([], [",".join(COLUMNS)]):
         raise data.DataError(f"{path}: begins with {found}, not with {','.join(COLUMNS)}; name another file with --out")
 
 
 def append(path: Path, rows: list[dict[str, Any]], device: torch.device) -> None:
     """Add the rows to a CSV, with date and machine."""
-    new = not path.exists()
+    new = not path.exists() or not path.stat().st_size
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as f:
         writer = csv.DictWriter(f, COLUMNS)

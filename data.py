@@ -463,8 +463,13 @@ def list_frames(
     if frames is not None:
         unknown = sorted(set(frames) - {ref.token for ref in refs})
         if unknown:
+            others = [d for d in DOMAINS.values() if d.dataset == domain.dataset and d is not domain]
+            owners = [
+                d.name for d in others if any(ref.token == unknown[0] for ref in readers[d.dataset](root, d, None, version))
+            ]
             raise DataError(
                 f"{root}: no frame {unknown[0]!r} in {domain.name}{f'/{split}' if split else ''} ({len(refs)} frames found)"
+                + (f"; it is one of {', '.join(owners)}" if owners else "")
             )
         refs = [ref for ref in refs if ref.token in set(frames)]
     return refs

@@ -82,6 +82,7 @@ class Score:
     points: int
     miou: dict[str, float]
     iou: dict[str, dict[str, float | None]]
+    outside: int  # points of the image that the voxel grid has no room for: not predicted, not in `points`
     absent: list[str]  # classes without a labelled point: they pull the mean down, as in the released evaluation
 
     def as_dict(self) -> dict[str, Any]:
@@ -121,7 +122,9 @@ def evaluate(
     matrices = {head: torch.zeros(len(names), len(names), dtype=torch.int64) for head in HEADS}
     was_training = model.training
     model.eval()
+    seen = 0
     for done, batch in batches_of(index, r, r.eval_batch):
+        seen += len(batch.label)
         batch = batch.to(device)
         logits = model(batch.image, batch.pixel, batch.coords)
         for head, scores in zip(HEADS, (logits.main_2d, logits.main_3d, ensemble(logits)), strict=True):
@@ -139,6 +142,7 @@ def evaluate(
         points=int(matrices["3d"].sum()),
         miou={h: v[1] for h, v in per_class.items()},
         iou={h: {n: (None if np.isnan(x) else x) for n, x in zip(names, v[0], strict=True)} for h, v in per_class.items()},
+        outside=index.fingerprint["points"] - seen,
         absent=[n for n, p in zip(names, present.tolist(), strict=True) if not p],
     )
 
@@ -241,12 +245,10 @@ class PseudoLabels:
                 )
         if self.meta["content"] != index.fingerprint["content"]:
             mine = {**made_from(index), "frames": len(index)}
-            differing = [k for k in mine if self.meta.get(k, mine[k]) != mine[k]]
-            what = f"{differing[0]} {self.meta[differing[0]]}" if differing else "other frames"
-            wanted = f"{differing[0]} {mine[differing[0]]}" if differing else "frames of its own"
+            differing = [f"{k} {self.meta[k]} instead of {v}" for k, v in mine.items() if self.meta.get(k, v) != v]
             raise RunError(
-                f"{path}: made from {what}, this run's unlabelled target has {wanted}; make one from a first stage with the same "
-                f"data, image size and frames: ftd pseudo RUN --domain {mine['domain']} --out FILE"
+                f"{path}: not made from this run's unlabelled target: {', '.join(differing) or 'other frames or points'}; "
+                "make one from a first stage with the same data, image size and frames: ftd pseudo RUN --domain DOMAIN --out FILE"
             )
         if not sum(self.meta["kept_2d"]) or not sum(self.meta["kept_3d"]):
             raise RunError(f"{path}: keeps no label; train the first stage longer")

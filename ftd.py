@@ -90,6 +90,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             if "can't allocate memory" not in str(error):  # how torch reports it on a CPU
                 raise
             raise _fail("out of memory; use --preset small or a smaller --set batch=...", OUT_OF_MEMORY) from None
+        except BrokenPipeError:  # who reads has enough
+            raise
         except OSError as error:
             raise _fail(f"{error.filename or 'a file'}: {error.strerror or error}", FAILED) from None
         except (Interrupted, KeyboardInterrupt) as error:
@@ -141,9 +143,8 @@ def _writable(path: Path, folder: bool = False) -> None:
     place = path if folder else path.parent
     if path.is_dir() and not folder:
         raise _fail(f"{path}: is a folder; name a file", USAGE)
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=place).close()
+    try:  # in the part of it that is there: a command that is refused leaves nothing behind
+        tempfile.TemporaryFile(dir=next(p for p in (place, *place.absolute().parents) if p.exists())).close()
     except OSError as error:
         raise _fail(f"{path}: cannot be written there ({error.strerror}); choose another place", USAGE) from None
 
@@ -595,6 +596,7 @@ def compare(
     preset, preset_why = _preset(preset, dev, data is None)
     folder, folder_why = _cache(cache)
     jobs = _jobs(f"{src}-{tgt}" + ("-ssda" if ssda else ""), methods, seeds, preset, set_ or [], out)
+    _writable(out, folder=True)
     _check_pretrained(pretrained, jobs[0].recipe)
     source, target = _sources(src, tgt, (data, data), data_version, (None, None), folder, console)
     val = engine.Source(tgt, target.root, target.version)
@@ -647,12 +649,12 @@ def compare(
                     **protocol.evaluate(model, target.index("test", r, folder), r, name, dev).as_dict(),
                 }
             )
-    (out / "compare.json").write_text(json.dumps(rows, indent=1))
     title = (
         f"{src} -> {tgt}, {preset} preset: mIoU in percent on the {tgt} test split ({rows[0]['frames']} frames), "
         f"checkpoint chosen on val, seeds {seeds}"
     )
     screen.results().print(screen.compare_table(rows, title))
+    (out / "compare.json").write_text(json.dumps(rows, indent=1))
 
 
 # ---- recipes, data ----------------------------------------------------------------------------------------------------

@@ -325,15 +325,13 @@ def _check(r: Recipe) -> None:
         "dropout wants two numbers in 0..1 (2D encoder, attention)": len(r.dropout) == 2 and all(0 <= p < 1 for p in r.dropout),
         "image and crop want H,W; 0,0 for none": len(r.image) == len(r.crop) == 2 and min(*r.image, *r.crop) >= 0,
         # Narrower than 16, oneDNN's gradient of the strided 1x1 convolutions crashes (torch 2.13 on a CPU).
-        "width must be a multiple of 16 and m of 4": min(r.width, r.m) > 0 and r.width % 16 == 0 and r.m % 4 == 0,
+        "width must be at least 16 and a multiple of 8, and m of 4": r.width >= 16 and r.m > 0 and r.width % 8 == r.m % 4 == 0,
         "the width/2 heads of the attention have to share 4 m channels evenly: m must be a multiple of width/8": (
             not r.fusion or 8 * r.m % max(r.width, 1) == 0
         ),
-        f"voxels_per_metre must lie in 0..40: a cloud of 100 m has to fit into a grid of {GRID} voxels a side": (
-            0 < r.voxels_per_metre <= 40
-        ),
+        f"voxels_per_metre must lie in 0..100: the grid has {GRID} voxels a side": 0 < r.voxels_per_metre <= 100,
         "gamma and class weights must not be negative, and one class weight must be above 0": (
-            min(r.gamma, *r.class_weights, 0) >= 0 and (not r.class_weights or max(r.class_weights) > 0)
+            r.gamma >= 0 and all(min(w) >= 0 and max(w) > 0 for w in (r.class_weights, r.class_weights_tgt) if w)
         ),
     }
     broken = [rule for rule, holds in rules.items() if not holds]
@@ -347,9 +345,10 @@ def _parse(name: str, text: str, old: Any, kind: str) -> Any:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         if isinstance(old, tuple):
             number = float if "float" in kind else int
-            return tuple(number(part) for part in text.split(",") if part)
-        value = type(old)(text)
-        if isinstance(value, float) and not math.isfinite(value):
+            value = tuple(number(part) for part in text.split(",") if part)
+        else:
+            value = type(old)(text)
+        if any(isinstance(v, float) and not math.isfinite(v) for v in (value if isinstance(value, tuple) else (value,))):
             raise ValueError
         return value
     except (ValueError, KeyError):

@@ -136,7 +136,9 @@ def score_table(score: Score, method: str) -> Table:
     """IoU per class and mIoU of one evaluation, in percent."""
     table = Table(
         title=f"{method}, {score.checkpoint}, on {score.domain} {score.split}: {score.frames} frames, "
-        f"{score.points:,} labelled points; IoU in percent",
+        f"{score.points:,} labelled points"
+        + (f" ({score.outside:,} POINTS OUTSIDE THE VOXEL GRID LEFT OUT)" if score.outside else "")
+        + "; IoU in percent",
         title_justify="left",
     )
     table.add_column("class")

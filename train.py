@@ -268,15 +268,15 @@ class Run:
 
     def save(self, path: Path) -> None:
         """Raises NonFiniteLoss instead of writing a broken network: a gradient may overflow where no loss does."""
-        broken = [name for name, p in self.student.named_parameters() if not p.isfinite().all()]
-        if broken:
-            raise NonFiniteLoss(
-                f"iteration {self.iteration}: {len(broken)} parameters are not finite, first {broken[0]}, so a gradient "
-                f"overflowed; {path} was not written. Lower the learning rate (--set lr=..., --set lr_2d=...)"
-            )
         tensors = {f"student/{k}": v for k, v in self.student.state_dict().items()}
         if self.teacher is not None:
             tensors |= {f"teacher/{k}": v for k, v in self.teacher.state_dict().items()}
+        broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        if broken:
+            raise NonFiniteLoss(
+                f"iteration {self.iteration}: {len(broken)} tensors are not finite, first {broken[0]}, so a gradient or an "
+                f"activation overflowed; {path} was not written. Lower the learning rate (--set lr=..., --set lr_2d=...)"
+            )
         names: dict[Tensor, str] = {p: k for k, p in self.student.named_parameters()}
         for p, state in self.optimizer.state.items():
             tensors |= {f"optimizer/{names[p]}/{k}": v for k, v in state.items()}
@@ -301,8 +301,8 @@ class Run:
         if differing:
             k = differing[0]
             raise RunError(
-                f"{self.last_path}: made with {k}={theirs[k]!r}, this command has {mine['recipe'][k]!r}; repeat the "
-                "command that began the run, or choose another --out"
+                f"{self.last_path}: made with {k}={theirs[k]!r}, this command has {mine['recipe'][k]!r}; repeat the command that "
+                f"began the run ({self.out / 'run.json'} has it; name the --preset if it did not), or choose another --out"
             )
         load_state(self.student, self.last_path, "student/")
         if self.teacher is not None:
@@ -310,7 +310,12 @@ class Run:
         params = dict(self.student.named_parameters())
         for key, tensor in read_tensors(self.last_path, "optimizer/").items():
             name, _, slot = key.rpartition("/")
-            p = params[name]  # the moments lie in its memory layout
+            p = params.get(name)  # the moments lie in its memory layout
+            if p is None or (slot != "step" and tensor.shape != p.shape) or not tensor.isfinite().all():
+                raise RunError(
+                    f"{self.last_path}: optimizer/{key} {tuple(tensor.shape)} does not fit the network; the file is damaged, "
+                    "begin anew"
+                )
             self.optimizer.state[p][slot] = tensor.to(p.device) if slot == "step" else torch.empty_like(p).copy_(tensor)
         self.iteration, self.best, self.owed = meta["iteration"], meta["best"], meta["validation_owed"]
 

@@ -183,9 +183,15 @@ def test_non_finite_loss_names_term_and_frames(world: Path, cache: Path, tmp_pat
     (["train", "--src", "usa", "--tgt", "singapore", "--ssda", "--tgt-frames", "a"], 2, "--tgt-frames"),
     (["train", "--src", "usa", "--tgt", "singapore", "--set", "teacher_image=fad"], 2, "coin or fda"),
     (["train", "--src", "usa", "--tgt", "singapore", "--set", "pseudo=1"], 2, "--pseudo FILE"),
-    (["train", "--src", "usa", "--tgt", "singapore", "--set", "width=15"], 2, "multiple of 16"),
+    (["train", "--src", "usa", "--tgt", "singapore", "--set", "width=8"], 2, "at least 16"),
+    (["train", "--src", "usa", "--tgt", "singapore", "--set", "width=17"], 2, "multiple of 8"),
     (["train", "--src", "usa", "--tgt", "singapore", "--set", "width=48"], 2, "multiple of width/8"),
-    (["train", "--src", "usa", "--tgt", "singapore", "--set", "voxels_per_metre=60"], 2, "0..40"),
+    (["train", "--src", "usa", "--tgt", "singapore", "--set", "m=6"], 2, "and m of 4"),
+    (["train", "--src", "usa", "--tgt", "singapore", "--set", "gamma=-1"], 2, "gamma"),
+    (["train", "--src", "usa", "--tgt", "singapore", "--set", "class_weights=-1,1,1,1,1,1"], 2, "not be negative"),
+    (["train", "--src", "usa", "--tgt", "singapore", "--set", "class_weights=1,nan,1,1,1,1"], 2, "expected tuple"),
+    (["train", "--src", "usa", "--tgt", "singapore", "--ssda", "--set", "class_weights_tgt=0,0,0,0,0,0"], 2, "above 0"),
+    (["train", "--src", "usa", "--tgt", "singapore", "--set", "voxels_per_metre=600"], 2, "0..100"),
     (["train", "--src", "usa", "--tgt", "singapore", "--set", "class_weights=0,0,0,0,0,0"], 2, "above 0"),
     (["train", "--src", "usa", "--tgt", "singapore", "--src-data", "/nowhere"], 2, "--tgt-data"),
     (["train", "--src", "usa", "--tgt", "singapore", "--data-version", "v9"], 2, "built-in world has no versions"),
@@ -193,6 +199,7 @@ def test_non_finite_loss_names_term_and_frames(world: Path, cache: Path, tmp_pat
     (["train", "--src", "usa", "--tgt", "singapore", "--device", "meta"], 2, "only cpu and cuda"),
     (["train", "--src", "usa", "--tgt", "singapore", "--seed", "-1"], 2, "--seed"),
     (["compare", "--seeds", "-1"], 2, "from 0 on"),
+    (["compare", "--out", "/proc/x"], 2, "/proc/x: cannot be written"),
     (["compare", "--seeds", "a"], 2, "--seeds"),
     (["compare", "--methods", "ftdpp+x"], 2, "NAME+pl"),
     (["compare", "--ssda", "--methods", "source-only"], 2, "no semi-supervised form"),
@@ -247,6 +254,9 @@ def test_checkpoints_that_do_not_fit(finished: Path, world: Path, cache: Path, t
     name = "student/net_3d.main.weight"
     changes: dict[str, Callable[[dict[str, Tensor], dict[str, Any]], object]] = {
         f"{name} is missing": lambda tensors, meta: tensors.pop(name),
+        "student/of_another is (2,), by its recipe it should be missing": lambda tensors, meta: tensors.update(
+            {"student/of_another": torch.zeros(2)}
+        ),
         f"{name} is (7, 4)": lambda tensors, meta: tensors.update({name: torch.zeros(7, 4)}),
         f"{name} holds values that are not finite": lambda tensors, meta: tensors[name].fill_(torch.nan),
         "setting 'novelty'": lambda tensors, meta: meta["recipe"].update(novelty=1),
@@ -266,6 +276,19 @@ def test_checkpoints_that_do_not_fit(finished: Path, world: Path, cache: Path, t
     assert "run.json: damaged" in result.output.replace("\n", " ")
 
 
+def test_resume_checks_the_optimiser(finished: Path, world: Path, cache: Path, tmp_path: Path) -> None:
+    name = "optimizer/net_3d.main.weight/exp_avg"
+    for change in (
+        lambda tensors, meta: tensors.update({name: torch.zeros(7)}),
+        lambda tensors, meta: tensors.update({"optimizer/foo/exp_avg": torch.zeros(7)}),
+        lambda tensors, meta: tensors[name].fill_(torch.inf),
+    ):
+        damaged(finished, tmp_path / "last.safetensors", change)
+        result = ftd(*train_args(tmp_path, world, cache, "--set", "save_every=2", "--resume", steps=6))
+        assert result.exit_code == 1, result.output
+        assert "does not fit the network" in result.output.replace("\n", " ")
+
+
 def test_named_frames_of_the_test_split_are_announced(world: Path, cache: Path, tmp_path: Path) -> None:
     test = [ref.token for ref in data.list_frames(world, data.DOMAINS["singapore"], "test")]
     for chosen in ("--src-frames", "--tgt-frames"):
@@ -273,6 +296,7 @@ def test_named_frames_of_the_test_split_are_announced(world: Path, cache: Path, 
         if chosen == "--src-frames":
             assert result.exit_code == 3, "frames of Singapore are no frames of the USA"
             assert f"no frame {sorted(test)[0]!r} in usa" in result.output.replace("\n", " ")
+            assert "it is one of singapore" in result.output.replace("\n", " ")
         else:
             assert result.exit_code == 0, result.output
             assert f"{len(test)} OF THEM BELONG TO THE TEST SPLIT" in " ".join(result.output.split())
@@ -400,6 +424,13 @@ def test_pseudo_labels_and_second_stage(finished: Path, world: Path, cache: Path
     result = ftd(*train_args(tmp_path / "wrong", world, cache, "--pseudo", finished / "last.safetensors"))
     assert result.exit_code == 1
     assert "not a pseudo-label file" in result.output
+
+    for domain, split, words in (
+        ("usa", "train", "domain singapore instead of usa"),
+        ("singapore", "val", "frames 4 instead of 2"),
+    ):
+        with pytest.raises(checkpoint.RunError, match=words):
+            evaluate.PseudoLabels(file, r, train.Source(domain, world).index(split, r, cache))
 
     meta["kept_2d"] = [0] * 6
     checkpoint.save(tmp_path / "empty.safetensors", tensors, meta)

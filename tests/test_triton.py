@@ -200,7 +200,28 @@ def test_batch_norm_and_relu(rows: int, channels: int, live: int, dtype: torch.d
         assert not mine[len(true) :].any()
     for mine, true in zip(ours.buffers(), exact.buffers(), strict=True):
         assert_close(mine, true.double(), 1e-6)
-    assert torch.equal(found, ours(b, torch.tensor(live, device=DEVICE))) or live < 2, "bitwise repeatable"
+    again = ours(b, torch.tensor(live, device=DEVICE))
+    assert torch.equal(found, again) or live < 2, "bitwise repeatable"
+    # A gradient that is not contiguous, as that of a sum.
+    whole = torch.autograd.grad(again, (b, ours.weight), torch.ones(rows, channels, dtype=dtype, device=DEVICE))
+    b.grad = None
+    ours(b, torch.tensor(live, device=DEVICE)).sum().backward()
+    assert b.grad is not None and ours.weight.grad is not None
+    assert_close(b.grad, whole[0].cpu().double(), 1e-4 if dtype == torch.float32 else 2e-2)
+    assert_close(ours.weight.grad, whole[1].cpu().double(), 1e-4)
+
+
+def test_batch_norm_of_nothing() -> None:
+    norms, x = SparseBatchNorm(16).to(DEVICE).train(), torch.zeros(0, 16, device=DEVICE, requires_grad=True)
+    norms(x, torch.tensor(0, device=DEVICE)).sum().backward()
+    assert norms.weight.grad is not None
+    assert not norms.weight.grad.any()
+    assert not norms.running_mean.any()  # type: ignore[union-attr]
+
+
+def test_points_in_any_memory_layout() -> None:
+    coords = cloud(63).to(DEVICE)
+    assert torch.equal(hash.HashPyramid(coords.t().contiguous().t(), 2).keys[0], hash.HashPyramid(coords, 2).keys[0])
 
 
 def test_batch_norm_writes_nothing_outside() -> None:
@@ -229,7 +250,8 @@ def test_batch_norm_writes_nothing_outside() -> None:
 
 
 def test_batch_norm_lets_nothing_invalid_pass() -> None:
-    """A NaN among the voxels has to come out again, so that a diverged network is noticed."""
+    """A NaN among the voxels has to come out again, so that a diverged network is noticed. (In the interpreter it would do so
+    through a maximum, too; on a GPU it would not.)"""
     x = torch.ones(5, 16, device=DEVICE)
     x[3, 2] = float("nan")
     out = SparseBatchNorm(16).to(DEVICE).train()(x, torch.tensor(5, device=DEVICE))
