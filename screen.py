@@ -65,7 +65,7 @@ class _Live(Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
         if self.below:
-            yield Text(self.below, style="dim")
+            yield Text(self.below, style="dim", no_wrap=False, overflow="fold")  # also where messages are not wrapped
 
 
 class Display:

@@ -302,10 +302,11 @@ def test_named_frames_of_the_test_split_are_announced(world: Path, cache: Path, 
             assert f"{len(test)} OF THEM BELONG TO THE TEST SPLIT" in " ".join(result.output.split())
 
 
+@pytest.mark.parametrize("soft_wrap", [False, True])
 @pytest.mark.parametrize("width", [40, 80])
-def test_every_loss_term_is_visible(width: int) -> None:
-    """On a narrow terminal, too."""
-    console = Console(width=width, file=io.StringIO())
+def test_every_loss_term_is_visible(width: int, soft_wrap: bool) -> None:
+    """On a narrow terminal, too, and where the output is no terminal."""
+    console = Console(width=width, file=io.StringIO(), soft_wrap=soft_wrap)
     display = screen.Display(console, 10.0)
     terms = dict.fromkeys(("seg_2d", "seg_3d", "mimic_2d_src", "mimic_3d_src", "mimic_2d_tgt", "distill_fused"), 0.25)
     display.step("source-only seed 0", train.Step(7, terms, 0.5, 0.1), 1.0, 2**30)
