@@ -309,9 +309,8 @@ def test_every_loss_term_is_visible(width: int, soft_wrap: bool) -> None:
     console = Console(width=width, file=io.StringIO(), soft_wrap=soft_wrap)
     display = screen.Display(console, 10.0)
     terms = dict.fromkeys(("seg_2d", "seg_3d", "mimic_2d_src", "mimic_3d_src", "mimic_2d_tgt", "distill_fused"), 0.25)
-    display.step("source-only seed 0", train.Step(7, terms, 0.5, 0.1), 1.0, 2**30)
-    for line in display.progress.get_renderables():
-        console.print(line)
+    with display.progress:
+        display.step("source-only seed 0", train.Step(7, terms, 0.5, 0.1), 1.0, 2**30)
     shown = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
     for wanted in ("source-only seed 0", "7 | ETA 0:04", "500 ms, data wait 10%, 1.0 GiB", *(f"{name} 0.25" for name in terms)):
         assert wanted in shown or (width == 40 and wanted[:6] == "source")
