@@ -204,6 +204,32 @@ def captured(call: Callable[[], object]) -> Callable[[], object]:
     return replay
 
 
+def replayed(call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What a replay of the call's graph gives, with everything that the capture left there wiped out before."""
+    kept: list[torch.Tensor] = []
+    replay = captured(lambda: kept.append(call()))
+    kept[-1].fill_(float("nan"))
+    replay()
+    return kept[-1]
+
+
+def passes(model: torch.nn.Module, call: Callable[[], torch.Tensor], half: bool) -> dict[str, Callable[[], torch.Tensor]]:
+    """Forward without gradient, and forward + backward; in fp16 by autocast, whose cache a CUDA graph must not keep."""
+    device = next(model.parameters()).device.type
+
+    def forward() -> torch.Tensor:
+        with torch.autocast(device, torch.float16, enabled=half, cache_enabled=False):
+            return call()
+
+    def learn() -> torch.Tensor:
+        model.zero_grad()
+        loss = forward().sum()
+        loss.backward()
+        return loss.detach()
+
+    return {"forward": torch.no_grad()(forward), "forward+backward": learn}
+
+
 def unet_cases(coords: torch.Tensor, label: str, device: torch.device) -> dict[str, Case]:
     """Maps, forward, and forward + backward with the maps built (warm) and not (cold), on points (N, 4); on a GPU in half
     precision too; and spconv and SparseConvNet on the same voxels where they are installed."""
@@ -214,35 +240,22 @@ def unet_cases(coords: torch.Tensor, label: str, device: torch.device) -> dict[s
     label = f"{label}, {len(flat.keys[0]):,} voxels"
     cases: dict[str, Case] = {f"maps, {label}": Case(lambda: kernels.pyramid(coords))}
 
-    def add(what: str, model: torch.nn.Module, call: Callable[[], torch.Tensor], half: bool) -> None:
-        def forward() -> torch.Tensor:
-            with torch.autocast(device.type, torch.float16, enabled=half):
-                return call()
-
-        def evaluate() -> None:
-            with torch.no_grad():
-                forward()
-
-        def learn() -> None:
-            model.zero_grad()
-            forward().sum().backward()
-
-        dtype, least = ", fp16" if half else "", moved / 2 if half else moved
-        cases[f"{what}, forward, {label}{dtype}"] = Case(evaluate, flop, least)
-        cases[f"{what}, forward+backward, {label}{dtype}"] = Case(learn, 3 * flop, 3 * least)
+    def add(what: str, model: torch.nn.Module, call: Callable[[], torch.Tensor], half: bool, graph: bool = False) -> None:
+        for (whole, work), share in zip(passes(model, call, half).items(), (1, 3), strict=True):
+            least = share * (moved / 2 if half else moved)
+            case = Case(captured(work) if graph else work, share * flop, least, captured=work if graph else None)
+            cases[f"{what}, {whole}, {label}{', fp16' if half else ''}"] = case
 
     for half in (False, True) if device.type == "cuda" else (False,):
         add("sparse U-Net m=16, maps warm", net, lambda: net(feat, built), half)
         add("sparse U-Net m=16, maps cold", net, lambda: net(feat, kernels.pyramid(coords)), half)
         if device.type == "cuda":
-            padded = PaddedUNet(net, coords, half)
-            with torch.no_grad(), torch.autocast(device.type, torch.float16, enabled=half):
-                off = deviation(padded.replayed(), net(feat, built))
-            what = f"sparse U-Net m=16, maps cold, in a CUDA graph ({off})"
-            for whole, call, share in (("forward", padded.evaluate, 1), ("forward+backward", padded.learn, 3)):
-                least = share * (moved / 2 if half else moved)
-                case = Case(captured(call), share * flop, least, captured=call)
-                cases[f"{what}, {whole}, {label}{', fp16' if half else ''}"] = case
+            padded = PaddedUNet(net, coords)
+            forward = [
+                passes(model, call, half)["forward"] for model, call in ((padded, padded), (net, lambda: net(feat, built)))
+            ]
+            off = deviation(replayed(forward[0]), forward[1]())
+            add(f"sparse U-Net m=16, maps cold, in a CUDA graph ({off})", padded, padded, half, graph=True)
         peers: list[Any] = []
         if importlib.util.find_spec("spconv") is not None:
             peers.append(SpconvUNet(net, built))
@@ -261,33 +274,16 @@ def deviation(found: torch.Tensor, wanted: torch.Tensor) -> str:
 class PaddedUNet(torch.nn.Module):
     """A copy of the network on points (N, 4) with room for a quarter more, maps included: fixed sizes for a CUDA graph."""
 
-    def __init__(self, net: UNet3D, coords: torch.Tensor, half: bool) -> None:
+    def __init__(self, net: UNet3D, coords: torch.Tensor) -> None:
         super().__init__()
-        self.net, self.fp16, self.points = copy.deepcopy(net), half, len(coords)
+        self.net, self.points = copy.deepcopy(net), len(coords)
         self.coords = torch.cat([coords, torch.zeros_like(coords[: len(coords) // 4])])
         self.count = torch.tensor(len(coords), device=coords.device)
         self.feat = torch.ones(len(self.coords), 1, device=coords.device)
 
     def forward(self) -> torch.Tensor:
         """(N, m)."""
-        with torch.autocast(self.coords.device.type, torch.float16, enabled=self.fp16, cache_enabled=False):
-            return self.net(self.feat, kernels.pyramid(self.coords, self.net.levels, self.count))[: self.points]
-
-    @torch.no_grad()
-    def evaluate(self) -> torch.Tensor:
-        return self()
-
-    def learn(self) -> None:
-        self.zero_grad()
-        self().sum().backward()
-
-    def replayed(self) -> torch.Tensor:
-        """The output of a replay, with everything that the capture left in it wiped out before."""
-        kept: list[torch.Tensor] = []
-        replay = captured(lambda: kept.append(self.evaluate()))
-        kept[-1].fill_(float("nan"))
-        replay()
-        return kept[-1]
+        return self.net(self.feat, kernels.pyramid(self.coords, self.net.levels, self.count))[: self.points]
 
 
 class SpconvUNet(torch.nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ftdpp.data import CLASS_SETS
 from ftdpp.losses import Recipe
-from ftdpp.models import CrossModal, convert_released
+from ftdpp.models import CrossModal, convert_released, misfits, read_pth
 
 FORMAT = 1  # of checkpoints and pseudo-label files
 
@@ -100,14 +100,13 @@ def load_state(model: torch.nn.Module, path: Path, prefix: str) -> None:
         RunError: one is missing, left over, of another shape or not finite.
     """
     theirs, mine = read_tensors(path, prefix), model.state_dict()
-    for name in sorted(theirs.keys() | mine.keys()):
-        found, wanted = (tuple(t[name].shape) if name in t else None for t in (theirs, mine))
-        if found != wanted:
-            raise RunError(
-                f"{path}: {prefix}{name} is {'missing' if found is None else found}, by its recipe it should be "
-                f"{'missing' if wanted is None else wanted}; the file is damaged, make it anew"
-            )
-        if not theirs[name].isfinite().all():
+    for name in misfits(theirs, mine):
+        found, wanted = (tuple(t[name].shape) if name in t else "missing" for t in (theirs, mine))
+        raise RunError(
+            f"{path}: {prefix}{name} is {found}, by its recipe it should be {wanted}; the file is damaged, make it anew"
+        )
+    for name, tensor in theirs.items():
+        if not tensor.isfinite().all():
             raise RunError(f"{path}: {prefix}{name} holds values that are not finite; make the checkpoint anew")
     model.load_state_dict(theirs)
 
@@ -135,23 +134,19 @@ def convert_checkpoints(files: dict[str, Path], r: Recipe, out: Path) -> None:
     state: dict[str, Tensor] = {}
     iteration = 0
     for part, file in files.items():
+        if not file.is_file():
+            raise RunError(f"{file}: no such file")
         try:
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise RunError(f"{file}: no such file") from None
-        except Exception as error:  # torch raises several kinds for a file that is not a plain checkpoint
-            raise RunError(f"{file}: not a checkpoint that can be read without running its code ({error})") from None
+            loaded = read_pth(file)
+        except ValueError as error:
+            raise RunError(str(error)) from None
         weights = loaded.get("model", loaded) if isinstance(loaded, dict) else {}
         iteration = int(loaded.get("iteration", 0)) if isinstance(loaded, dict) and "model" in loaded else iteration
         tensors = {k.removeprefix("module."): v for k, v in weights.items() if isinstance(v, Tensor)}
         state |= convert_released(part, tensors.items())
     model = build(r)
     mine = model.state_dict()
-    wrong = [
-        k
-        for k in {**mine, **state}
-        if "num_batches_tracked" not in k and (k not in mine or k not in state or mine[k].shape != state[k].shape)
-    ]
+    wrong = [k for k in misfits(state, mine) if "num_batches_tracked" not in k]
     if wrong:
         raise RunError(
             f"{', '.join(str(f) for f in files.values())}: {len(wrong)} tensors do not fit {r.scenario} "

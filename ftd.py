@@ -15,6 +15,7 @@ import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import Tensor
 
     from ftdpp.losses import Recipe
     from ftdpp.train import Run, Source
@@ -199,18 +200,20 @@ def _sources(
     return made[0], made[1]
 
 
-def _check_pretrained(pretrained: str | None, r: Recipe) -> None:
+def _imagenet(pretrained: str | None, r: Recipe) -> dict[str, Tensor] | None:
+    """The weights that --pretrained names, read before hours of preparing data and not after."""
     from ftdpp import losses, models
 
-    if pretrained and r.width != 64:
+    if not pretrained:
+        return None
+    if r.width != 64:
         raise losses.RecipeError("--pretrained: ImageNet weights fit a network of width 64 only; use --preset paper")
-    if pretrained and pretrained != "download" and not Path(pretrained).is_file():
+    if pretrained != "download" and not Path(pretrained).is_file():
         raise losses.RecipeError(f"--pretrained {pretrained}: no such file; or --pretrained download")
-    if pretrained:  # before hours of preparing data, not after
-        try:
-            models.load_imagenet(models.UNet2D(r.width), None if pretrained == "download" else pretrained)
-        except (ValueError, OSError) as error:
-            raise losses.RecipeError(f"--pretrained {pretrained}: {error}") from None
+    try:
+        return models.imagenet_weights(r.width, None if pretrained == "download" else pretrained)
+    except (ValueError, OSError) as error:
+        raise losses.RecipeError(f"--pretrained {pretrained}: {error}") from None
 
 
 def _weights_fact(pretrained: str | None) -> tuple[str, str, str]:
@@ -309,7 +312,7 @@ def train(
     r = losses.recipe(f"{src}-{tgt}" + ("-ssda" if ssda else ""), method, preset, pseudo is not None, overrides)
     if ssda and tgt_frames:
         raise losses.RecipeError("--ssda takes labelled and unlabelled frames from the official lists; drop --tgt-frames")
-    _check_pretrained(pretrained, r)
+    weights = _imagenet(pretrained, r)
     out = out or Path("runs") / f"{src}-{tgt}-{method}{'-ssda' if ssda else ''}{'-pl' if pseudo else ''}-seed{seed}"
     if (out / "last.safetensors").exists() and not resume:
         raise _fail(f"{out} already holds a run; continue it with --resume, or choose another folder with --out", USAGE)
@@ -322,7 +325,7 @@ def train(
     )
     val = engine.Source(tgt, target.root, target.version, val_frames.split(",") if val_frames else None)
     with screen.bar(console) as tell:
-        run, facts = engine.assemble(r, seed, out, source, target, val, folder, pseudo, dev, workers, pretrained, tell)
+        run, facts = engine.assemble(r, seed, out, source, target, val, folder, pseudo, dev, workers, weights, tell)
     stage = ", second stage" if pseudo else ""
     own = [
         ("method", f"{method}, {r.scenario}{stage}", f"{r.steps} iterations of {r.batch} frames a domain"),
@@ -597,12 +600,12 @@ def compare(
     folder, folder_why = _cache(cache)
     jobs = _jobs(f"{src}-{tgt}" + ("-ssda" if ssda else ""), methods, seeds, preset, set_ or [], out)
     _writable(out, folder=True)
-    _check_pretrained(pretrained, jobs[0].recipe)
+    weights = _imagenet(pretrained, jobs[0].recipe)
     source, target = _sources(src, tgt, (data, data), data_version, (None, None), folder, console)
     val = engine.Source(tgt, target.root, target.version)
 
     def open_run(job: Job, pseudo: Path | None) -> tuple[Run, list[tuple[str, str, str]]]:
-        run, facts = engine.assemble(job.recipe, job.seed, job.out, source, target, val, folder, pseudo, dev, None, pretrained)
+        run, facts = engine.assemble(job.recipe, job.seed, job.out, source, target, val, folder, pseudo, dev, None, weights)
         if run.last_path.exists():
             run.resume()
         return run, facts

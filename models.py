@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,11 +101,26 @@ class UNet2D(nn.Module):
         return x[..., :h, :w]
 
 
-def load_imagenet(trunk: UNet2D, file: str | Path | None = None) -> None:
-    """Load torchvision's ResNet-34 weights into the encoder, from `file` or by download.
+def read_pth(file: str | Path) -> Any:
+    """What a .pth file holds, without running the code that may be in it. Raises ValueError where that is not possible."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises several kinds
+        raise ValueError(f"{file}: cannot be read without running code that is in it ({error})") from None
+
+
+def misfits(found: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> list[str]:
+    """Names that are missing from `found`, left over, or of another shape than in `wanted`, in order."""
+    return sorted(
+        k for k in found.keys() | wanted.keys() if getattr(found.get(k), "shape", None) != getattr(wanted.get(k), "shape", 0)
+    )
+
+
+def imagenet_weights(width: int, file: str | Path | None = None) -> dict[str, Tensor]:
+    """torchvision's ResNet-34 weights for the encoder of a `UNet2D` of this width, from `file` or by download.
 
     Raises:
-        ValueError: the file is not such a state dict, or the trunk is not of the paper's width. OSError: it cannot be fetched.
+        ValueError: the file is not such a state dict, or the width is not the paper's. OSError: it cannot be fetched.
     """
     if file is None:
         try:
@@ -113,20 +128,17 @@ def load_imagenet(trunk: UNet2D, file: str | Path | None = None) -> None:
         except OSError as error:  # also how a failed download is reported
             raise OSError(f"{RESNET34_URL}: {error}; fetch it by hand and name the file with --pretrained FILE") from None
     else:
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises several kinds for a file that is not a plain state dict
-            raise ValueError(f"{file}: not a state dict that can be read without running its code ({error})") from None
-    if not isinstance(state, dict):
-        raise ValueError(f"{file or RESNET34_URL}: holds a {type(state).__name__}, not the state dict of torchvision's ResNet-34")
-    wanted = {k: v for k, v in trunk.state_dict().items() if not k.startswith(("up.", "merge."))}
-    bad = [k for k, v in wanted.items() if k not in state or getattr(state[k], "shape", None) != v.shape]
+        state = read_pth(file)
+    with torch.device("meta"):  # shapes alone
+        encoder = {k: v for k, v in UNet2D(width).state_dict().items() if not k.startswith(("up.", "merge."))}
+    weights = {k: v for k, v in state.items() if k in encoder} if isinstance(state, dict) else {}
+    bad = misfits(weights, encoder)
     if bad:
         raise ValueError(
-            f"{file or RESNET34_URL}: not torchvision's ResNet-34 for a trunk of width "
-            f"{trunk.conv1.out_channels}; {len(bad)} tensors are missing or of another shape, first {bad[0]}"
+            f"{file or RESNET34_URL}: not torchvision's ResNet-34 state dict for a trunk of width {width}; {len(bad)} tensors "
+            f"are missing or of another shape, first {bad[0]}"
         )
-    trunk.load_state_dict({k: state[k] for k in wanted}, strict=False)
+    return weights
 
 
 # ---- 3D ------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from ftdpp.checkpoint import FORMAT, RunError, build, load_state, read_metadata,
 from ftdpp.data import CLASS_SETS, DOMAINS, Augment, Batch, Index, collate, sample
 from ftdpp.evaluate import PseudoLabels, Score, evaluate
 from ftdpp.losses import Recipe, log_smoothed_weights, source_share, step, uses_target, uses_teacher
-from ftdpp.models import CrossModal, load_imagenet, update_teacher
+from ftdpp.models import CrossModal, update_teacher
 
 
 class NonFiniteLoss(Exception):
@@ -190,7 +190,7 @@ class Run:
     pseudo: PseudoLabels | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     workers: int = 0
-    pretrained: str | None = None  # file of ImageNet weights, "download", or None
+    pretrained: dict[str, Tensor] | None = None  # of `models.imagenet_weights`
 
     def __post_init__(self) -> None:
         for index in self.labelled:
@@ -215,12 +215,10 @@ class Run:
             # A second construction, not a copy: as released, the teacher starts from weights of its own.
             _seed_torch(self.seed, _INIT, 1)
             self.teacher = build(r).requires_grad_(False)
-        if self.pretrained:
-            for net in (self.student, self.teacher):
-                if net is not None:
-                    load_imagenet(net.net_2d.trunk, None if self.pretrained == "download" else self.pretrained)
         for net in (self.student, self.teacher):
             if net is not None:
+                if self.pretrained is not None:
+                    net.net_2d.trunk.load_state_dict(self.pretrained, strict=False)  # the decoder is not in it
                 net.to(self.device).train()
         self.optimizer = make_optimizer(self.student, r)
         self.iteration = 0
@@ -263,7 +261,7 @@ class Run:
             "torch": torch.__version__,
             "data": [i.fingerprint["content"] for i in [*self.labelled, *([self.unlabelled] if self.unlabelled else [])]],
             "pseudo": self.pseudo.meta["labels"] if self.pseudo else None,
-            "pretrained": bool(self.pretrained),
+            "pretrained": self.pretrained is not None,
         }
 
     def save(self, path: Path) -> None:
@@ -461,7 +459,7 @@ def assemble(
     pseudo: Path | None = None,
     device: torch.device | None = None,
     workers: int | None = None,
-    pretrained: str | None = None,
+    pretrained: dict[str, Tensor] | None = None,
     progress: data.Progress | None = None,
 ) -> tuple[Run, list[tuple[str, str, str]]]:
     """Prepare the splits that a recipe needs and build its run.
@@ -488,19 +486,20 @@ def assemble(
     count = (0 if cores <= 4 else min(8, cores // 2)) if workers is None else workers
     run = Run(out, r, seed, labelled, unlabelled, validation, labels, device or torch.device("cpu"), count, pretrained)
 
-    def row(side: str, index: Index, why: str) -> tuple[str, str, str]:
+    def row(side: str, index: Index, source: Source, why: str) -> tuple[str, str, str]:
         split = index.identity["split"] or "chosen frames"
-        if index.identity["split"] is None:
-            source = src if index.identity["domain"] == src.domain and index.identity["root"] == str(src.root) else tgt
+        if source.frames:
             test = data.list_frames(source.root, DOMAINS[source.domain], "test", source.version)
             held_out = len({ref.token for ref in test} & set(index.tokens))
             why += f"; {held_out} OF THEM BELONG TO THE TEST SPLIT" if held_out else ""
         return side, f"{len(index)} frames, {index.fingerprint['points']:,} points", f"{index.identity['domain']} {split}: {why}"
 
-    facts = [row("labelled", index, "supervised loss") for index in labelled]
+    facts = [
+        row("labelled", i, sides[side], "supervised loss") for i, (side, _) in zip(labelled, wanted["labelled"], strict=True)
+    ]
     if unlabelled is not None:
-        facts.append(row("unlabelled", unlabelled, "adaptation; labels are never read"))
-    facts.append(row("validation", validation, reason) if validation is not None else ("validation", "off", reason))
+        facts.append(row("unlabelled", unlabelled, tgt, "adaptation; labels are never read"))
+    facts.append(row("validation", validation, val, reason) if validation is not None else ("validation", "off", reason))
     products = "products in tf32" if run.device.type == "cuda" else "exact"
     faster = f"{products}; --set precision=bf16 is faster where the hardware has it"
     facts.append(("precision", r.precision, faster if r.precision == "fp32" else "--set precision"))

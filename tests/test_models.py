@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+from urllib.error import URLError
 
 import pytest
 import torch
 import torch.nn as nn
 
+from ftdpp import models
 from ftdpp.kernels import Pyramid
 from ftdpp.models import (
     CBAM,
@@ -17,8 +20,8 @@ from ftdpp.models import (
     UNet2D,
     UNet3D,
     _Attend,
+    imagenet_weights,
     keep_mask,
-    load_imagenet,
     update_teacher,
 )
 
@@ -50,7 +53,7 @@ def test_unet2d_pads_and_crops(size: tuple[int, int]) -> None:
     assert torch.allclose(out, net(padded)[..., : size[0], : size[1]], atol=1e-6)
 
 
-def test_imagenet_weights(tmp_path: Path) -> None:
+def test_imagenet_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The encoder carries torchvision's names; a file of another network is refused."""
     net = UNet2D(16)
     names = set(net.state_dict())
@@ -69,11 +72,28 @@ def test_imagenet_weights(tmp_path: Path) -> None:
     state["fc.weight"] = torch.zeros(1000, 512)
     torch.save(state, tmp_path / "resnet34.pth")
     before = net.up[0][0].weight.clone()  # type: ignore[index]
-    load_imagenet(net, tmp_path / "resnet34.pth")
+    net.load_state_dict(imagenet_weights(16, tmp_path / "resnet34.pth"), strict=False)
     assert torch.equal(net.state_dict()["layer3.5.conv2.weight"], state["layer3.5.conv2.weight"])
     assert torch.equal(net.up[0][0].weight, before)  # type: ignore[index]
     with pytest.raises(ValueError, match="width 32"):
-        load_imagenet(UNet2D(32), tmp_path / "resnet34.pth")
+        imagenet_weights(32, tmp_path / "resnet34.pth")
+    for content in ([1, 2], {"conv1.weight": 3}):
+        torch.save(content, tmp_path / "other.pth")
+        with pytest.raises(ValueError, match="not torchvision's"):
+            imagenet_weights(16, tmp_path / "other.pth")
+
+    def offline(*_: Any, **__: Any) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    with pytest.raises(OSError, match=r"no network.*--pretrained FILE"):
+        imagenet_weights(64)
+
+
+def test_misfits() -> None:
+    wanted = {name: torch.zeros(2, 3) for name in "abc"}
+    assert models.misfits({"a": torch.zeros(2, 3), "b": torch.zeros(3, 2), "d": torch.zeros(1)}, wanted) == ["b", "c", "d"]
+    assert models.misfits(wanted, wanted) == []
 
 
 @pytest.mark.parametrize("n", [1, 2, 97])

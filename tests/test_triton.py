@@ -121,7 +121,7 @@ def test_convolution_and_gradients(kind: str, n: int, cin: int, cout: int) -> No
     torch.manual_seed(n)
     ours, theirs = maps_of(hash.HashPyramid(cloud(n).to(DEVICE), 3))[kind], maps_of(Pyramid(cloud(n), 3))[kind]
     x, w = torch.randn(ours.n_in, cin), torch.randn(len(ours.idx), cin, cout)
-    check_convolution(x, w, ours, theirs, torch.float32, 1e-6 if DEVICE == "cpu" else 5e-6)  # a GPU adds one product at a time
+    check_convolution(x, w, ours, theirs, torch.float32, 1e-6 if DEVICE == "cpu" else 3e-6)  # a GPU adds one product at a time
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])])
@@ -201,14 +201,14 @@ def test_batch_norm_and_relu(rows: int, channels: int, live: int, dtype: torch.d
     for mine, true in zip(ours.buffers(), exact.buffers(), strict=True):
         assert_close(mine, true.double(), 1e-6)
     again = ours(b, torch.tensor(live, device=DEVICE))
-    assert torch.equal(found, again) or live < 2, "bitwise repeatable"
+    assert torch.equal(found, again), "bitwise repeatable"
     # A gradient that is not contiguous, as that of a sum.
     whole = torch.autograd.grad(again, (b, ours.weight), torch.ones(rows, channels, dtype=dtype, device=DEVICE))
     b.grad = None
     ours(b, torch.tensor(live, device=DEVICE)).sum().backward()
     assert b.grad is not None and ours.weight.grad is not None
-    assert_close(b.grad, whole[0].cpu().double(), 1e-4 if dtype == torch.float32 else 2e-2)
-    assert_close(ours.weight.grad, whole[1].cpu().double(), 1e-4)
+    assert torch.equal(b.grad, whole[0])
+    assert torch.equal(ours.weight.grad, whole[1])
 
 
 def test_batch_norm_of_nothing() -> None:
@@ -341,25 +341,23 @@ def test_padded_maps_change_nothing(n: int, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_what_the_benchmark_captures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its padded copy gives the network's output and gradients; on a GPU a replay of its graph does, too."""
+    """Its padded copy gives the network's output and gradients; on a GPU its graph does."""
     monkeypatch.setenv("FTD_KERNELS", "triton")
     coords, net = cloud(60).to(DEVICE), UNet3D(4, 3).to(DEVICE).train()
-    padded = bench.PaddedUNet(net, coords, False)
-    out = net(torch.ones(60, 1, device=DEVICE), kernels.pyramid(coords, 3))
-    out.sum().backward()
-    padded.learn()
+    padded = bench.PaddedUNet(net, coords)
     assert len(padded.coords) == 75
+    whole, padded_whole = (
+        bench.passes(model, call, half=False)
+        for model, call in ((net, lambda: net(torch.ones(60, 1, device=DEVICE), kernels.pyramid(coords, 3))), (padded, padded))
+    )
+    forward, learn = padded_whole["forward"], padded_whole["forward+backward"]
+    found = bench.replayed(forward) if DEVICE == "cuda" else forward()
+    assert_close(found, whole["forward"]().cpu().double(), 1e-4)
+    whole["forward+backward"]()
+    (bench.captured(learn) if DEVICE == "cuda" else learn)()
     for ours, theirs in zip(padded.parameters(), net.parameters(), strict=True):
         assert ours.grad is not None and theirs.grad is not None
         assert torch.allclose(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5 * float(theirs.grad.abs().max()) + 1e-6)
-    found = padded.replayed() if DEVICE == "cuda" else padded.evaluate()
-    assert_close(found, out.detach().cpu().double(), 1e-4)
-    if DEVICE == "cuda":
-        padded.zero_grad()
-        bench.captured(padded.learn)()
-        for ours, theirs in zip(padded.parameters(), net.parameters(), strict=True):
-            assert ours.grad is not None and theirs.grad is not None
-            assert torch.allclose(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5 * float(theirs.grad.abs().max()) + 1e-6)
 
 
 class NoWaiting(TorchDispatchMode):
