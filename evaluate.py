@@ -1,8 +1,9 @@
-"""Evaluation protocol and pseudo-labels: what is done with a trained student."""
+"""What is done with a trained system: the evaluation protocol, pseudo-labels, single frames."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,48 +12,44 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
-from ftdpp import data
 from ftdpp.checkpoint import FORMAT, RunError, read_metadata, save
-from ftdpp.data import CLASS_SETS, IGNORE, Batch, Index, collate, sample
-from ftdpp.losses import Recipe
-from ftdpp.models import CrossModal, Logits
+from ftdpp.data import CLASS_SETS, IGNORE, UNLABELLED, Batch, Frame, collate, sample
+from ftdpp.files import Progress
+from ftdpp.index import Index, require_labels, resized
+from ftdpp.readers import inside_image
+from ftdpp.recipe import Recipe
+from ftdpp.systems import METHODS
 
-HEADS = ("2d", "3d", "2d+3d")
-
-# ---- protocol: confusion, IoU, pseudo-label refinement ---------------------------------------------------------------
+# ---- protocol ----------------------------------------------------------------------------------
 
 
 def confusion(pred: Tensor, label: Tensor, classes: int) -> Tensor:
     """(K, K) int64 counts, row = label, column = prediction; points labelled -100 are dropped."""
     kept = label != IGNORE
-    return torch.bincount(label[kept] * classes + pred[kept], minlength=classes**2).view(classes, classes)
+    pairs = label[kept] * classes + pred[kept]
+    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
 
 def iou(matrix: Tensor) -> tuple[list[float], float]:
     """IoU per class and their mean over all K classes.
 
-    A class that neither the labels nor the predictions contain has no IoU: it is nan in the list and, as in the released
-    evaluation, counts as 0 in the mean.
+    A class that neither the labels nor the predictions contain has no IoU: it is nan in the list
+    and, as in the released evaluation, counts as 0 in the mean.
     """
     m = matrix.double()
     per_class = m.diag() / (m.sum(0) + m.sum(1) - m.diag())
     return per_class.tolist(), per_class.nan_to_num(0.0).mean().item()
 
 
-def ensemble(logits: Logits) -> Tensor:
-    """softmax(p2 + p3): what the column 2D+3D takes the arg-max of."""
-    return F.softmax(F.softmax(logits.main_2d, 1) + F.softmax(logits.main_3d, 1), 1)
-
-
 def refine(label: Tensor, prob: Tensor, classes: int) -> tuple[Tensor, list[float]]:
     """Keep the confident pseudo-labels of each class, -100 for the rest.
 
-    The threshold of a class is the smaller of 0.9 and the (lower) median confidence of the points predicted as that class,
-    over the whole split.
+    The threshold of a class is the smaller of 0.9 and the (lower) median confidence of the points
+    predicted as that class, over the whole split.
 
     Args:
         label: (N,) predicted classes. prob: (N,) their probabilities.
@@ -68,12 +65,12 @@ def refine(label: Tensor, prob: Tensor, classes: int) -> tuple[Tensor, list[floa
     return refined, thresholds
 
 
-# ---- evaluation ----------------------------------------------------------------------------------------------------
+# ---- evaluation --------------------------------------------------------------------------------
 
 
 @dataclass
 class Score:
-    """mIoU and class IoU of a checkpoint on a split, in percent-free fractions."""
+    """mIoU and class IoU of a checkpoint on a split, as fractions of 1, by head."""
 
     domain: str
     split: str
@@ -81,73 +78,150 @@ class Score:
     frames: int
     points: int
     miou: dict[str, float]
-    iou: dict[str, dict[str, float | None]]
-    outside: int  # points of the image that the voxel grid has no room for: not predicted, not in `points`
-    absent: list[str]  # classes without a labelled point: they pull the mean down, as in the released evaluation
+    iou: dict[str, dict[str, float | None]]  # head -> class -> IoU; None where there is none
+    outside: int  # points that the voxel grid has no room for: not predicted, not in `points`
+    absent: list[str]  # classes without a labelled point: they pull the mean down, as released
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 
-def batches_of(index: Index, r: Recipe, size: int, frames: range | None = None) -> Iterator[tuple[int, Batch]]:
-    """The frames of an index in order, without augmentation, `size` at a time, each with the number of frames done."""
+def batches_of(
+    index: Index, r: Recipe, size: int, frames: range | None = None
+) -> Iterator[tuple[int, Batch]]:
+    """The frames of an index in order, `size` at a time, without augmentation.
+
+    Yields:
+        the number of frames done so far, and the batch.
+    """
     frames = frames or range(len(index))
+    unused = np.random.default_rng(0)  # without augmentation nothing is drawn
     for start in range(0, len(frames), size):
         chosen = frames[start : start + size]
-        yield (
-            chosen[-1] + 1,
-            collate([sample(index.frame(i), None, 0, np.random.default_rng(0), r.voxels_per_metre) for i in chosen]),
-        )
+        samples = [sample(index.frame(i), None, 0, unused, r.voxels_per_metre) for i in chosen]
+        yield chosen[-1] + 1, collate(samples)
 
 
 @torch.no_grad()
 def evaluate(
-    model: CrossModal,
+    system: Any,
     index: Index,
-    r: Recipe,
     checkpoint: str,
     device: torch.device | str = "cpu",
-    progress: data.Progress | None = None,
+    progress: Progress | None = None,
 ) -> Score:
-    """Point-level evaluation of the student in eval mode, on the points that fall into the image, without augmentation.
+    """Point-level evaluation of every head on the points that fall into the image.
 
-    2D is the main (fused) 2D head, 3D the main 3D head, 2D+3D the arg-max of the sum of their probabilities. The fused 2D
-    result depends a little on the batch (attention over its points): frames go in the index's order, `eval_batch` at a time.
+    Without augmentation, in eval mode. A result of attention over the points of a batch depends a
+    little on the batch: frames go in the index's order, `eval_batch` at a time.
 
+    Args:
+        checkpoint: what the score says of where the weights come from.
     Raises:
-        DataError: when a frame has no labels.
+        DataError: a frame has no labels.
     """
-    data.require_labels(index)
-    names = CLASS_SETS[r.classes].names
-    matrices = {head: torch.zeros(len(names), len(names), dtype=torch.int64) for head in HEADS}
-    was_training = model.training
-    model.eval()
+    require_labels(index)
+    r, heads = system.recipe, system.heads
+    names = CLASS_SETS[r.classes]
+    matrices = {h: torch.zeros(len(names), len(names), dtype=torch.int64) for h in heads}
+    was_training = system.training
+    system.eval()
     seen = 0
+    if progress:
+        progress(0, len(index), "evaluating")
     for done, batch in batches_of(index, r, r.eval_batch):
         seen += len(batch.label)
         batch = batch.to(device)
-        logits = model(batch.image, batch.pixel, batch.coords)
-        for head, scores in zip(HEADS, (logits.main_2d, logits.main_3d, ensemble(logits)), strict=True):
-            matrices[head] += confusion(scores.argmax(1), batch.label, len(names)).cpu()
+        for head, probabilities in system.predict(batch).items():
+            matrix = confusion(probabilities.argmax(1), batch.label, len(names))
+            matrices[head] += matrix.cpu()
         if progress:
             progress(done, len(index), "evaluating")
-    model.train(was_training)
-    per_class = {head: iou(m) for head, m in matrices.items()}
-    present = matrices["3d"].sum(1) > 0
+    system.train(was_training)
+    result = {head: iou(matrix) for head, matrix in matrices.items()}
+    labelled = matrices[heads[-1]].sum(1).tolist()  # points of each class; equal for every head
     return Score(
         domain=index.identity["domain"],
         split=index.identity["split"] or "chosen frames",
         checkpoint=checkpoint,
         frames=len(index),
-        points=int(matrices["3d"].sum()),
-        miou={h: v[1] for h, v in per_class.items()},
-        iou={h: {n: (None if np.isnan(x) else x) for n, x in zip(names, v[0], strict=True)} for h, v in per_class.items()},
+        points=sum(labelled),
+        miou={head: mean for head, (_, mean) in result.items()},
+        iou={
+            head: {
+                name: None if np.isnan(value) else value
+                for name, value in zip(names, per_class, strict=True)
+            }
+            for head, (per_class, _) in result.items()
+        },
         outside=index.fingerprint["points"] - seen,
-        absent=[n for n, p in zip(names, present.tolist(), strict=True) if not p],
+        absent=[name for name, points in zip(names, labelled, strict=True) if not points],
     )
 
 
-# ---- pseudo-labels -------------------------------------------------------------------------------------------------
+def predict_frames(
+    system: Any, index: Index, frames: range, device: torch.device | str = "cpu"
+) -> Iterator[np.ndarray]:
+    """Labels of the last head for each of some frames, (M,) u8 for all its points, 255 = none."""
+    for i in frames:
+        [(_, batch)] = batches_of(index, system.recipe, 1, range(i, i + 1))
+        with torch.no_grad():
+            found = system.predict(batch.to(device))[system.heads[-1]].argmax(1)
+        label = np.full(len(index.frame(i).xyz), UNLABELLED, np.uint8)
+        label[batch.keep[0].numpy()] = found.cpu().numpy()
+        yield label
+
+
+# ---- one frame of a user's own -------------------------------------------------------------------
+
+
+@torch.no_grad()
+def predict(
+    system: Any, image: np.ndarray, points: np.ndarray, calibration: np.ndarray
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Class probabilities of the points of one frame that the camera sees.
+
+    Args:
+        system: of `checkpoint.load`.
+        image: (H, W, 3) u8 RGB.
+        points: (M, 3) metres.
+        calibration: (3, 4), from homogeneous points to pixels: (column, row, 1) * depth.
+    Returns:
+        rows (n,) of `points`, and for each head (n, K) probabilities of these points. The classes'
+        names are `data.CLASS_SETS[system.recipe.classes]`.
+    Raises:
+        ValueError: an array has another shape, or no point falls into the image.
+    """
+    wanted = {"image": (image, (None, None, 3)), "points": (points, (None, 3))}
+    for name, (array, shape) in (wanted | {"calibration": (calibration, (3, 4))}).items():
+        fits = array.ndim == len(shape)
+        fits = fits and all(s in (None, n) for s, n in zip(shape, array.shape, strict=True))
+        if not fits:
+            raise ValueError(f"{name} is {array.shape}, expected {shape}".replace("None", "any"))
+    r = system.recipe
+    height, width = image.shape[:2]
+    uvw = np.asarray(calibration, np.float64) @ np.c_[points, np.ones(len(points))].T
+    front = np.flatnonzero(uvw[2] > 0)
+    rows, row_col = inside_image(uvw[:, front], front, (height, width))
+    if not len(rows):
+        raise ValueError("no point falls into the image: check the calibration")
+    size = r.image_size(width / height if width > 2.5 * height else None)
+    picture, pixel = resized(Image.fromarray(image), row_col, size)
+    frame = Frame(
+        token="",
+        xyz=np.ascontiguousarray(points[rows], np.float32),
+        pixel=pixel,
+        label=np.full(len(rows), UNLABELLED, np.uint8),
+        has_label=False,
+        image=picture,
+    )
+    taken = sample(frame, None, 0, np.random.default_rng(0), r.voxels_per_metre)
+    batch = collate([taken]).to(next(system.parameters()).device)
+    probabilities = {head: p.cpu().numpy() for head, p in system.predict(batch).items()}
+    return rows[taken.keep.numpy()], probabilities
+
+
+# ---- pseudo-labels -----------------------------------------------------------------------------
 
 
 def family(r: Recipe) -> dict[str, str]:
@@ -158,37 +232,43 @@ def family(r: Recipe) -> dict[str, str]:
 def made_from(index: Index) -> dict[str, Any]:
     """What a pseudo-label file is about, for people: domain, split and image size."""
     identity = index.identity
-    return {"domain": identity["domain"], "split": identity["split"] or "chosen frames", "image size": identity["size"]}
+    split = identity["split"] or "chosen frames"
+    return {"domain": identity["domain"], "split": split, "image size": identity["size"]}
 
 
 @torch.no_grad()
 def write_pseudo_labels(
     path: Path,
-    model: CrossModal,
+    system: Any,
     index: Index,
-    r: Recipe,
     checkpoint: str,
     device: torch.device | str = "cpu",
-    progress: data.Progress | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Predict the target training split and keep the confident half: one safetensors file keyed by frame token.
+    """Predict the target training split and keep the confident half of the labels.
 
-    For every frame `<token>/label_2d`, `<token>/label_3d` (u8, 255 = not kept) and `<token>/prob_2d`, `<token>/prob_3d` (f32), in
-    the order of the index's points. The metadata holds thresholds and counts per class.
+    For every frame and each of the system's `pseudo_heads` a tensor `<token>/<head>` (u8, 255 = not
+    kept), in the order of the index's points. The metadata holds thresholds and counts per class.
 
+    Returns:
+        the metadata.
     Raises:
-        RunError: when no label survives.
+        RunError: no label of a head survives; nothing is written.
     """
-    names = CLASS_SETS[r.classes].names
-    found: dict[str, list[Tensor]] = {"label_2d": [], "label_3d": [], "prob_2d": [], "prob_3d": []}
+    r, heads = system.recipe, system.pseudo_heads
+    classes = len(CLASS_SETS[r.classes])
+    label: dict[str, list[Tensor]] = {head: [] for head in heads}
+    confidence: dict[str, list[Tensor]] = {head: [] for head in heads}
     kept_rows: list[Tensor] = []
-    model.eval()
+    system.eval()
+    if progress:
+        progress(0, len(index), "predicting")
     for done, batch in batches_of(index, r, r.eval_batch):
-        logits = model(batch.image.to(device), batch.pixel.to(device), batch.coords.to(device))
-        for m, scores in (("2d", logits.main_2d), ("3d", logits.main_3d)):
-            prob, label = F.softmax(scores.float(), 1).cpu().max(1)
-            found[f"prob_{m}"] += prob.split(batch.counts)
-            found[f"label_{m}"] += label.split(batch.counts)
+        probabilities = system.predict(batch.to(device))
+        for head in heads:
+            prob, predicted = probabilities[head].float().cpu().max(1)
+            confidence[head].append(prob)
+            label[head].append(predicted)
         kept_rows += batch.keep
         if progress:
             progress(done, len(index), "predicting")
@@ -197,66 +277,94 @@ def write_pseudo_labels(
     meta: dict[str, Any] = {
         "format": FORMAT,
         **family(r),
-        "class_names": names,
+        "class_names": CLASS_SETS[r.classes],
         "checkpoint": checkpoint,
         "content": index.fingerprint["content"],
         "frames": len(index),
         **made_from(index),
+        **{key: {} for key in ("thresholds", "kept", "predicted")},
     }
-    for m in ("2d", "3d"):
-        label, thresholds = refine(torch.cat(found[f"label_{m}"]), torch.cat(found[f"prob_{m}"]), len(names))
-        kept = torch.bincount(label[label != IGNORE], minlength=len(names)).tolist()
-        predicted = torch.bincount(torch.cat(found[f"label_{m}"]), minlength=len(names)).tolist()
-        meta[f"thresholds_{m}"], meta[f"kept_{m}"], meta[f"predicted_{m}"] = thresholds, kept, predicted
-        parts = label.split([len(k) for k in kept_rows])
-        for i, token in enumerate(index.tokens):
-            total = len(index.frame(i).xyz)  # points outside the voxel grid were not predicted
-            whole = torch.full((total,), 255, dtype=torch.uint8)
-            whole[kept_rows[i]] = torch.where(parts[i] == IGNORE, 255, parts[i]).to(torch.uint8)
-            prob = torch.zeros(total)
-            prob[kept_rows[i]] = found[f"prob_{m}"][i]
-            tensors[f"{token}/label_{m}"], tensors[f"{token}/prob_{m}"] = whole, prob
+    for head in heads:
+        predicted = torch.cat(label[head])
+        refined, thresholds = refine(predicted, torch.cat(confidence[head]), classes)
+        kept = torch.bincount(refined[refined != IGNORE], minlength=classes).tolist()
+        meta["thresholds"][head], meta["kept"][head] = thresholds, kept
+        meta["predicted"][head] = torch.bincount(predicted, minlength=classes).tolist()
+        parts = refined.split([len(rows) for rows in kept_rows])
+        for i, (token, part) in enumerate(zip(index.tokens, parts, strict=True)):
+            # Points outside the voxel grid were not predicted.
+            whole = torch.full((len(index.frame(i).xyz),), UNLABELLED, dtype=torch.uint8)
+            whole[kept_rows[i]] = part.masked_fill(part == IGNORE, UNLABELLED).to(torch.uint8)
+            tensors[f"{token}/{head}"] = whole
+    empty = [head for head in heads if not sum(meta["kept"][head])]
+    if empty:
+        raise RunError(f"no pseudo-label of {', '.join(empty)} was kept: nothing written")
     digest = hashlib.sha256()
-    for key in sorted(k for k in tensors if "/label_" in k):
+    for key in sorted(tensors):
         digest.update(tensors[key].numpy().tobytes())
     meta["labels"] = digest.hexdigest()
-    if not sum(meta["kept_2d"]) or not sum(meta["kept_3d"]):
-        raise RunError(f"no pseudo-label was kept (2D {sum(meta['kept_2d'])}, 3D {sum(meta['kept_3d'])} points): nothing written")
     save(path, tensors, meta)
     return meta
 
 
-class PseudoLabels:
-    """A file that `write_pseudo_labels` wrote, checked against the run that wants to train on it.
+def check_pseudo_file(path: Path, r: Recipe) -> dict[str, Any]:
+    """The metadata of a pseudo-label file that a run with this recipe can train on.
 
     Raises:
-        RunError: unreadable, of another scenario, method or class set, made from other frames, or keeping nothing.
+        RunError: unreadable, of another scenario, method or class set, or keeping nothing.
+    """
+    meta = read_metadata(path)
+    if "thresholds" not in meta:
+        raise RunError(f"{path}: not a pseudo-label file; make one with: ftd pseudo RUN --out FILE")
+    for key, wanted in family(r).items():
+        if meta.get(key) != wanted:
+            raise RunError(
+                f"{path}: made for {key} {meta.get(key)!r}, this run has {wanted!r}; make one from "
+                f"a run of this {key} with: ftd pseudo RUN --out FILE"
+            )
+    heads = METHODS[r.method].system().pseudo_heads
+    if not all(sum(meta["kept"].get(head, [])) for head in heads):
+        raise RunError(f"{path}: keeps no label; train the first stage longer")
+    return meta
+
+
+class PseudoLabels:
+    """A file that `write_pseudo_labels` wrote, checked against the run that trains on it.
+
+    Raises:
+        RunError: see `check_pseudo_file`; or it was made from other frames.
     """
 
     def __init__(self, path: Path, r: Recipe, index: Index) -> None:
-        self.path, self.meta = path, read_metadata(path)
-        if "thresholds_2d" not in self.meta:
-            raise RunError(f"{path}: not a pseudo-label file; make one with: ftd pseudo RUN --out FILE")
-        for key, wanted in family(r).items():
-            if self.meta.get(key) != wanted:
-                raise RunError(
-                    f"{path}: made for {key} {self.meta.get(key)!r}, this run has {wanted!r}; make one from a run of "
-                    f"this {key} with: ftd pseudo RUN --out FILE"
-                )
+        self.path, self.meta = path, check_pseudo_file(path, r)
         if self.meta["content"] != index.fingerprint["content"]:
             mine = {**made_from(index), "frames": len(index)}
-            differing = [f"{k} {self.meta[k]} instead of {v}" for k, v in mine.items() if self.meta.get(k, v) != v]
+            differing = [
+                f"{key} {self.meta[key]} instead of {value}"
+                for key, value in mine.items()
+                if self.meta.get(key, value) != value
+            ]
             raise RunError(
-                f"{path}: not made from this run's unlabelled target: {', '.join(differing) or 'other frames or points'}; "
-                "make one from a first stage with the same data, image size and frames: ftd pseudo RUN --domain DOMAIN --out FILE"
+                f"{path}: not made from this run's unlabelled target: "
+                f"{', '.join(differing) or 'other frames or points'}; make one from a first stage "
+                "with the same data, image size and frames: ftd pseudo RUN --out FILE"
             )
-        if not sum(self.meta["kept_2d"]) or not sum(self.meta["kept_3d"]):
-            raise RunError(f"{path}: keeps no label; train the first stage longer")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the open file: a data loading process opens its own."""
+        return {"path": self.path, "meta": self.meta}
+
+    @functools.cached_property
+    def _file(self) -> Any:
+        return safe_open(self.path, "pt")
+
+    def of(self, token: str, head: str) -> Tensor:
+        """(M,) u8 labels of all points of a frame, 255 where none was kept."""
+        return self._file.get_tensor(f"{token}/{head}")
 
     def attach(self, batch: Batch) -> None:
-        """Set batch.label_2d and label_3d, (N,) int64 with -100 where no label was kept."""
-        with safe_open(self.path, "pt") as file:
-            for m in ("2d", "3d"):
-                rows = [file.get_tensor(f"{t}/label_{m}")[k] for t, k in zip(batch.tokens, batch.keep, strict=True)]
-                label = torch.cat(rows).long()
-                setattr(batch, f"label_{m}", label.masked_fill(label == 255, IGNORE))
+        """Set `batch.pseudo`: for each head (N,) int64, -100 where no label was kept."""
+        for head in self.meta["kept"]:
+            frames = zip(batch.tokens, batch.keep, strict=True)
+            label = torch.cat([self.of(token, head)[keep] for token, keep in frames]).long()
+            batch.pseudo[head] = label.masked_fill(label == UNLABELLED, IGNORE)

@@ -1,4 +1,5 @@
-"""The command line: parse, call, print. Heavy imports happen inside the commands, so that `--help` is immediate."""
+"""The command line: parse, call, print. Heavy imports happen inside the commands, so that `--help`
+is immediate."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,48 +18,88 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
-    from ftdpp.losses import Recipe
-    from ftdpp.train import Run, Source
+    from ftdpp.recipe import Recipe
+    from ftdpp.runs import Source
 
 app = typer.Typer(
     name="ftd",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Camera + LiDAR domain adaptation for 3D semantic segmentation (FtD++).",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Look at data sets, prepare them, or make the built-in street world.")
+data_app = typer.Typer(
+    no_args_is_help=True, help="Look at data sets, prepare them, or make the built-in street world."
+)
 app.add_typer(data_app, name="data")
 
 FAILED, USAGE, DATA, NON_FINITE, OUT_OF_MEMORY, INTERRUPTED = 1, 2, 3, 4, 5, 130
-BUILT_IN = (("usa", "singapore"), ("day", "night"))  # pairs of domains that synth.py can make
 
 # Options that several commands share.
-Src = Annotated[
-    str, typer.Option(help="Labelled source domain: usa, day, skitti (vkitti and a2d2 have recipes, their readers follow).")
-]
-Tgt = Annotated[str, typer.Option(help="Unlabelled target domain: singapore, night, skitti.")]
 Data = Annotated[
-    Path | None, typer.Option("--data", help="Root of the data set. Without it: the run's own, or the built-in street world.")
+    Path | None,
+    typer.Option("--data", help="Root of the data set. Without it: the built-in street world."),
 ]
-Version = Annotated[str | None, typer.Option("--data-version", help="nuScenes version folder, e.g. v1.0-mini.")]
-Cache = Annotated[Path | None, typer.Option(help="Folder of prepared data; default $FTD_CACHE or ~/.cache/ftd.")]
-Preset = Annotated[str | None, typer.Option(help="paper or small; default: paper for real data on a GPU, else small.")]
+Version = Annotated[
+    str | None, typer.Option("--data-version", help="nuScenes version folder, e.g. v1.0-mini.")
+]
+Cache = Annotated[
+    Path | None, typer.Option(help="Folder of prepared data; default $FTD_CACHE or ~/.cache/ftd.")
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(help="paper or small; default: paper for real data on a GPU, else small."),
+]
 Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Override a number of the recipe; repeatable.")
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Override a setting; repeatable."),
 ]
-SSDA = Annotated[bool, typer.Option("--ssda", help="Semi-supervised: some target scenes are labelled.")]
-Pretrained = Annotated[str | None, typer.Option(help="ImageNet weights of ResNet-34: a .pth file, or download.")]
+SSDA = Annotated[
+    bool, typer.Option("--ssda", help="Semi-supervised: some target scenes are labelled.")
+]
+Pretrained = Annotated[
+    str | None, typer.Option(help="ImageNet weights of ResNet-34: a .pth file, or download.")
+]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if there is one.")]
-Workers = Annotated[int | None, typer.Option(help="Data loading processes; default: 0 on up to four cores.", min=0)]
+Workers = Annotated[
+    int | None, typer.Option(help="Data loading processes; default: 0 on up to four cores.", min=0)
+]
+Threads = Annotated[
+    int | None, typer.Option(help="CPU threads; default: as many as are free now.", min=1)
+]
 Checkpoint = Annotated[str, typer.Option(help="best (by validation mIoU) or last.")]
+RunPath = Annotated[Path, typer.Argument(help="Run folder, or a .safetensors checkpoint.")]
+Frames = Annotated[str | None, typer.Option(help="Only these frames: tokens, comma-separated.")]
+Overlay = Annotated[
+    Path | None, typer.Option(help="Folder for pictures of predictions; see --count.")
+]
+Count = Annotated[int, typer.Option(help="How many pictures --overlay makes.", min=1)]
+Domain = Annotated[str, typer.Option(help="A domain: usa, singapore, day, night, skitti.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"ftd {version('ftdpp')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 def _fail(message: object, code: int) -> typer.Exit:
     from ftdpp import screen
 
-    screen.messages().print(f"ftd: {message}", markup=False, style="bold red", soft_wrap=True)
+    console = screen.messages()
+    console.print(f"ftd: {message}", style="bold red", soft_wrap=True)
     return typer.Exit(code)
 
 
@@ -70,11 +111,12 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         import torch
 
         from ftdpp.checkpoint import RunError
-        from ftdpp.data import DataError
         from ftdpp.kernels import KernelError
-        from ftdpp.losses import RecipeError
+        from ftdpp.readers import DataError
+        from ftdpp.recipe import RecipeError
         from ftdpp.train import Interrupted, NonFiniteLoss
 
+        smaller = "use --preset small or a smaller --set batch=..."
         try:
             command(*args, **kwargs)
         except (RecipeError, KernelError) as error:
@@ -86,30 +128,36 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except NonFiniteLoss as error:
             raise _fail(error, NON_FINITE) from None
         except (MemoryError, torch.OutOfMemoryError) as error:
-            raise _fail(f"out of memory ({error}); use --preset small or a smaller --set batch=...", OUT_OF_MEMORY) from None
+            raise _fail(f"out of memory ({error}); {smaller}", OUT_OF_MEMORY) from None
         except RuntimeError as error:
             if "can't allocate memory" not in str(error):  # how torch reports it on a CPU
                 raise
-            raise _fail("out of memory; use --preset small or a smaller --set batch=...", OUT_OF_MEMORY) from None
-        except BrokenPipeError:  # who reads has enough
+            raise _fail(f"out of memory; {smaller}", OUT_OF_MEMORY) from None
+        except BrokenPipeError:  # the reader closed the pipe
             raise
         except OSError as error:
-            raise _fail(f"{error.filename or 'a file'}: {error.strerror or error}", FAILED) from None
+            what = error.filename or "a file"
+            raise _fail(f"{what}: {error.strerror or error}", FAILED) from None
         except (Interrupted, KeyboardInterrupt) as error:
             raise _fail(str(error) or "interrupted", INTERRUPTED) from None
 
     return run
 
 
-# ---- choices that are made for the user, each printed with its reason -----------------------------------------------
+# ---- choices that are made for the user, each printed with its reason ----------------------------
 
 
 def _cache(cache: Path | None) -> tuple[Path, str]:
     if cache:
-        return cache, "--cache"
-    if os.environ.get("FTD_CACHE"):
-        return Path(os.environ["FTD_CACHE"]), "$FTD_CACHE"
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ftd", "default; change it with --cache"
+        folder, why = cache, "--cache"
+    elif os.environ.get("FTD_CACHE"):
+        folder, why = Path(os.environ["FTD_CACHE"]), "$FTD_CACHE"
+    else:
+        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        folder, why = home / "ftd", "default; change it with --cache"
+    if folder.exists() and not folder.is_dir():
+        raise _fail(f"{folder}: is a file; name a folder for prepared data ({why})", USAGE)
+    return folder, why
 
 
 def _device(name: str | None) -> tuple[Any, str]:
@@ -125,10 +173,26 @@ def _device(name: str | None) -> tuple[Any, str]:
     except (RuntimeError, AssertionError) as error:
         raise _fail(f"--device {name}: {str(error).splitlines()[0]}; use cpu", USAGE) from None
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # tf32 products, as cuDNN's convolutions use by default
+        torch.set_float32_matmul_precision("high")  # tf32 products, as cuDNN's convolutions use
         if device.index is not None:
             torch.cuda.set_device(device)  # Triton launches on the current one
     return device, why
+
+
+def _threads(count: int | None, recorded: int | None = None) -> tuple[int, str]:
+    """Sets the number of CPU threads of this process."""
+    import torch
+
+    from ftdpp import machine
+
+    if count is not None:
+        chosen = count, "--threads"
+    elif recorded is not None:
+        chosen = recorded, "as the run began: another number would change its last digits"
+    else:
+        chosen = machine.free_threads()
+    torch.set_num_threads(chosen[0])
+    return chosen
 
 
 def _preset(name: str | None, device: Any, built_in: bool) -> tuple[str, str]:
@@ -136,362 +200,496 @@ def _preset(name: str | None, device: Any, built_in: bool) -> tuple[str, str]:
         return name, "--preset"
     if built_in:
         return "small", "the built-in world is made for it"
-    return ("paper", "a GPU is present") if device.type == "cuda" else ("small", "two CPU cores train it in minutes")
+    if device.type == "cuda":
+        return "paper", "a GPU is present"
+    return "small", "two CPU cores train it in minutes"
 
 
 def _writable(path: Path, folder: bool = False) -> None:
-    """Refuses a file (or folder) that cannot be written, before hours of work that would be lost."""
+    """Refuses a file (or folder) that cannot be written, before hours of work would be lost."""
     place = path if folder else path.parent
     if path.is_dir() and not folder:
         raise _fail(f"{path}: is a folder; name a file", USAGE)
-    try:  # in the part of it that is there: a command that is refused leaves nothing behind
-        tempfile.TemporaryFile(dir=next(p for p in (place, *place.absolute().parents) if p.exists())).close()
+    # Tried in the part of it that is there: a command that is refused leaves nothing behind.
+    there = next(p for p in (place, *place.absolute().parents) if p.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
-        raise _fail(f"{path}: cannot be written there ({error.strerror}); choose another place", USAGE) from None
-
-
-def _world(src: str, tgt: str, cache: Path, console: Console) -> Path:
-    """The root of the built-in street world for a pair of domains, written on first use."""
-    from ftdpp import screen, synth
-    from ftdpp.data import locked
-
-    if (src, tgt) not in BUILT_IN:
-        pairs = ", ".join(f"--src {a} --tgt {b}" for a, b in BUILT_IN)
         raise _fail(
-            f"there is no built-in world for {src} -> {tgt} (there is for {pairs}); name the data set's root with --data", USAGE
-        )
-    size = "-".join(str(n) for n in synth.DEFAULT_FRAMES.values())
-    root = cache / f"world-{src}-{tgt}-v{synth.VERSION}-{size}"
-    console.print(
-        "BUILT-IN STREET WORLD: no --data was given, so this runs on generated streets, not on a real data set.",
-        style="bold black on yellow",
-    )
-    with locked(root), screen.bar(console) as tell:
-        if not root.is_dir():
-            workers = os.cpu_count() or 1
-            synth.write_world(
-                root, src, tgt, workers=workers, progress=lambda done, total: tell(done, total, "building the street world")
-            )
-    return root
+            f"{path}: cannot be written there ({error.strerror}); choose another place", USAGE
+        ) from None
 
 
-def _sources(
-    src: str,
-    tgt: str,
-    roots: tuple[Path | None, Path | None],
-    version: str | None,
-    frames: tuple[str | None, str | None],
-    cache: Path,
-    console: Console,
-) -> tuple[Source, Source]:
-    from ftdpp.train import Source
+def _known_domain(option: str, name: str) -> Any:
+    from ftdpp import readers, recipe
+
+    domains = readers.domains()
+    if name not in domains:
+        raise recipe.unknown(f"domain {option}", name, list(domains))
+    return domains[name]
+
+
+def _known_roots(src: str, tgt: str, roots: tuple[Path | None, Path | None]) -> bool:
+    """Refuses roots that cannot be used; whether the built-in world is meant."""
+    from ftdpp.readers import DataError
+    from ftdpp.world import layouts
 
     if (roots[0] is None) != (roots[1] is None):
         side = "--tgt-data" if roots[1] is None else "--src-data"
-        raise _fail(f"one domain has a root and the other has none; name it with {side}, or both with --data", USAGE)
-    if None in roots and version is not None:
-        raise _fail(f"--data-version {version}: the built-in world has no versions; name a root with --data", USAGE)
-    world = _world(src, tgt, cache, console) if None in roots else None
-    made = []
-    for domain, root, chosen in zip((src, tgt), roots, frames, strict=True):
-        root = root or world
-        assert root is not None
-        made.append(Source(domain, root.resolve(), version if root is not world else None, chosen.split(",") if chosen else None))
-    return made[0], made[1]
+        raise _fail(
+            f"one domain has a root and the other has none; name it with {side}, or both with "
+            "--data",
+            USAGE,
+        )
+    for root in roots:
+        if root is not None and not root.is_dir():
+            raise DataError(f"{root}: there is no such folder; name the root of the data set")
+    built_in = roots[0] is None
+    if built_in and layouts.pair_of(src, tgt) is None:
+        pairs = ", ".join(f"--src {a} --tgt {b}" for a, b in layouts.PAIRS)
+        raise _fail(
+            f"there is no built-in world for {src} -> {tgt} (there is for {pairs}); name the data "
+            "set's root with --data",
+            USAGE,
+        )
+    return built_in
+
+
+def _world(src: str, tgt: str, cache: Path, console: Console) -> Path:
+    """The root of the built-in street world that has both domains, written on first use."""
+    from ftdpp import screen
+    from ftdpp.world import layouts
+
+    console.print(
+        "BUILT-IN STREET WORLD: no --data was given, so this runs on generated streets, not on a "
+        "real data set.",
+        style="bold black on yellow",
+        soft_wrap=True,
+    )
+    pair = layouts.pair_of(src, tgt)
+    assert pair is not None
+    with screen.bar(console) as tell:
+        return layouts.built_in(*pair, cache, os.cpu_count() or 1, tell)
+
+
+def _tokens(frames: str | None, option: str) -> list[str] | None:
+    if frames is None:
+        return None
+    tokens = [token for token in frames.split(",") if token]
+    if not tokens:
+        raise _fail(f"{option}: expected tokens, comma-separated; found none", USAGE)
+    return tokens
 
 
 def _imagenet(pretrained: str | None, r: Recipe) -> dict[str, Tensor] | None:
     """The weights that --pretrained names, read before hours of preparing data and not after."""
-    from ftdpp import losses, models
+    from ftdpp import models
+    from ftdpp.recipe import RecipeError
 
     if not pretrained:
         return None
-    if r.width != 64:
-        raise losses.RecipeError("--pretrained: ImageNet weights fit a network of width 64 only; use --preset paper")
+    if r.width_2d != 64:
+        raise RecipeError(
+            "--pretrained: ImageNet weights fit a network of width 64 only; use --preset paper"
+        )
     if pretrained != "download" and not Path(pretrained).is_file():
-        raise losses.RecipeError(f"--pretrained {pretrained}: no such file; or --pretrained download")
+        raise RecipeError(f"--pretrained {pretrained}: no such file; or --pretrained download")
+    file = None if pretrained == "download" else pretrained
     try:
-        return models.imagenet_weights(r.width, None if pretrained == "download" else pretrained)
+        return models.imagenet_weights(r.width_2d, file)
     except (ValueError, OSError) as error:
-        raise losses.RecipeError(f"--pretrained {pretrained}: {error}") from None
+        raise RecipeError(f"--pretrained {pretrained}: {error}") from None
 
 
-def _weights_fact(pretrained: str | None) -> tuple[str, str, str]:
+Fact = tuple[str, str, str]
+
+
+def _weights_fact(pretrained: str | None) -> Fact:
     why = "--pretrained" if pretrained else "none given; the paper starts from them"
     return "ImageNet weights", pretrained or "none", why
 
 
-def _print_choices(
-    console: Console, preset: tuple[str, str], device: tuple[Any, str], cache: tuple[Path, str], more: list[tuple[str, str, str]]
-) -> None:
+def _print_choices(console: Console, choices: dict[str, tuple[Any, str]], more: list[Fact]) -> None:
     """Every automatic choice, as value and reason."""
-    from ftdpp import kernels, screen
+    from ftdpp import screen
 
-    named = {"preset": preset, "device": device, "kernels": kernels.backend(device[0]), "cache": cache}
-    screen.facts(console, [*((name, str(value), why) for name, (value, why) in named.items()), *more])
-
-
-# ---- train -----------------------------------------------------------------------------------------------------------
+    screen.facts(console, [*((name, str(v), why) for name, (v, why) in choices.items()), *more])
 
 
-def _git_hash() -> str | None:
-    import subprocess
-
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None
-
-
-def _write_run_file(run: Run, src: Source, tgt: Source, argv: list[str]) -> None:
-    import dataclasses
-
-    import torch
-
-    def row(source: Source) -> dict[str, Any]:
-        return {**dataclasses.asdict(source), "root": str(source.root)}
-
-    record = {
-        "command": argv,
-        "recipe": dataclasses.asdict(run.recipe),
-        "seed": run.seed,
-        "src": row(src),
-        "tgt": row(tgt),
-        "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
-        "git": _git_hash(),
-        "data": [i.fingerprint for i in [*run.labelled, *([run.unlabelled] if run.unlabelled is not None else [])]],
-    }
-    run.out.mkdir(parents=True, exist_ok=True)
-    (run.out / "run.json").write_text(json.dumps(record, indent=1))
+# ---- train -------------------------------------------------------------------------------------
 
 
 @app.command()
 @guarded
 def train(
-    src: Src,
-    tgt: Tgt,
+    context: typer.Context,
+    src: Annotated[
+        str | None, typer.Option(help="Labelled source domain: usa, singapore, day, night, skitti.")
+    ] = None,
+    tgt: Annotated[str | None, typer.Option(help="Unlabelled target domain.")] = None,
     method: Annotated[str, typer.Option(help="See: ftd recipes.")] = "ftdpp",
     preset: Preset = None,
-    steps: Annotated[int | None, typer.Option(help="Iterations; default: the recipe's.", min=1)] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Iterations; default: the recipe's.", min=1)
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/SRC-TGT-METHOD-seedN, with -ssda and -pl.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; default runs/SRC-TGT-METHOD[SETTINGS]-seedN.")
+    ] = None,
     data: Data = None,
-    src_data: Annotated[Path | None, typer.Option(help="Root of the source, where it differs from --data.")] = None,
-    tgt_data: Annotated[Path | None, typer.Option(help="Root of the target, where it differs from --data.")] = None,
+    src_data: Annotated[
+        Path | None, typer.Option(help="Root of the source, where it differs from --data.")
+    ] = None,
+    tgt_data: Annotated[
+        Path | None, typer.Option(help="Root of the target, where it differs from --data.")
+    ] = None,
     data_version: Version = None,
-    src_frames: Annotated[str | None, typer.Option(help="Train on these source frames only: tokens, comma-separated.")] = None,
-    tgt_frames: Annotated[str | None, typer.Option(help="Adapt to these target frames only.")] = None,
+    src_frames: Annotated[
+        str | None, typer.Option(help="Train on these source frames: tokens, comma-separated.")
+    ] = None,
+    tgt_frames: Annotated[
+        str | None, typer.Option(help="Adapt to these target frames only.")
+    ] = None,
     val_frames: Annotated[str | None, typer.Option(help="Validate on these target frames.")] = None,
     ssda: SSDA = False,
-    pseudo: Annotated[Path | None, typer.Option(help="Second stage: train on these pseudo-labels (from ftd pseudo).")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    pseudo: Annotated[
+        Path | None, typer.Option(help="Second stage: train on these labels (from ftd pseudo).")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Continue the run in this folder; needs nothing else.")
+    ] = None,
     pretrained: Pretrained = None,
     set_: Sets = None,
     device: Device = None,
     workers: Workers = None,
+    threads: Threads = None,
     cache: Cache = None,
     tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Write event files too (needs the tensorboard extra).")
+        bool, typer.Option("--tensorboard", help="Write event files too (an extra).")
     ] = False,
 ) -> None:
-    """Train on SRC, adapt to TGT. Leaves last.safetensors, best.safetensors, log.csv and run.json in the run folder."""
-    from ftdpp import losses, screen
-    from ftdpp import train as engine
-    from ftdpp.data import DOMAINS
+    """Train on SRC, adapt to TGT. Leaves last.safetensors, best.safetensors, log.csv, val.csv and
+    run.json in the run folder."""
+    from ftdpp import evaluate as protocol
+    from ftdpp import kernels, recipe, runs, screen, systems
 
     console = screen.messages()
-    for what, domain in (("--src", src), ("--tgt", tgt)):
-        if domain not in DOMAINS:
-            raise losses.unknown(f"domain {what}", domain, list(DOMAINS))
+    if resume is not None:
+        _resume(context, resume, device, workers, threads, cache, tensorboard)
+        return
+    if src is None or tgt is None:
+        missing = " and ".join(n for n, v in (("--src", src), ("--tgt", tgt)) if v is None)
+        raise _fail(f"{missing} missing; name both domains, or --resume RUN", USAGE)
+    for option, domain in (("--src", src), ("--tgt", tgt)):
+        _known_domain(option, domain)
     dev, dev_why = _device(device)
-    preset, preset_why = _preset(preset, dev, None in (src_data or data, tgt_data or data))
+    roots = src_data or data, tgt_data or data
+    preset, preset_why = _preset(preset, dev, None in roots)
     overrides = [*(set_ or []), *([f"steps={steps}"] if steps else [])]
     if pseudo and not pseudo.is_file():
-        raise _fail(f"--pseudo {pseudo}: no such file; make one with: ftd pseudo RUN --out {pseudo}", USAGE)
-    r = losses.recipe(f"{src}-{tgt}" + ("-ssda" if ssda else ""), method, preset, pseudo is not None, overrides)
+        raise _fail(
+            f"--pseudo {pseudo}: no such file; make one with: ftd pseudo RUN --out {pseudo}", USAGE
+        )
+    scenario = f"{src}-{tgt}" + ("-ssda" if ssda else "")
+    r = systems.recipe(scenario, method, preset, pseudo is not None, overrides)
+    if pseudo is not None:
+        protocol.check_pseudo_file(pseudo, r)
     if ssda and tgt_frames:
-        raise losses.RecipeError("--ssda takes labelled and unlabelled frames from the official lists; drop --tgt-frames")
+        raise recipe.RecipeError(
+            "--ssda takes labelled and unlabelled frames from the official lists; drop --tgt-frames"
+        )
     weights = _imagenet(pretrained, r)
-    out = out or Path("runs") / f"{src}-{tgt}-{method}{'-ssda' if ssda else ''}{'-pl' if pseudo else ''}-seed{seed}"
-    if (out / "last.safetensors").exists() and not resume:
-        raise _fail(f"{out} already holds a run; continue it with --resume, or choose another folder with --out", USAGE)
-    if resume and not (out / "last.safetensors").exists():
-        raise _fail(f"{out}: nothing to resume, there is no last.safetensors; leave --resume out to begin", USAGE)
+    given = recipe.settings_of(r, recipe.given_names(overrides))
+    out = out or Path("runs") / runs.run_name(r, given, seed)
+    if (out / "last.safetensors").exists():
+        raise _fail(
+            f"{out} already holds a run; continue it with --resume {out}, or choose another folder "
+            "with --out",
+            USAGE,
+        )
     _writable(out, folder=True)
-    folder, folder_why = _cache(cache)
-    source, target = _sources(
-        src, tgt, (src_data or data, tgt_data or data), data_version, (src_frames, tgt_frames), folder, console
-    )
-    val = engine.Source(tgt, target.root, target.version, val_frames.split(",") if val_frames else None)
-    with screen.bar(console) as tell:
-        run, facts = engine.assemble(r, seed, out, source, target, val, folder, pseudo, dev, workers, weights, tell)
-    stage = ", second stage" if pseudo else ""
-    own = [
-        ("method", f"{method}, {r.scenario}{stage}", f"{r.steps} iterations of {r.batch} frames a domain"),
-        _weights_fact(pretrained),
+    built_in = _known_roots(src, tgt, roots)
+    if built_in and data_version is not None:
+        raise _fail(
+            f"--data-version {data_version}: the built-in world has no versions; name a root with "
+            "--data",
+            USAGE,
+        )
+    chosen = [
+        _tokens(frames, option)
+        for frames, option in (
+            (src_frames, "--src-frames"),
+            (tgt_frames, "--tgt-frames"),
+            (val_frames, "--val-frames"),
+        )
     ]
-    _print_choices(console, (preset, preset_why), (dev, dev_why), (folder, folder_why), [*own, *facts])
-    if resume:
-        run.resume()
-        console.print(f"resuming {out} at iteration {run.iteration} of {r.steps}")
-    _write_run_file(run, source, target, sys.argv[1:])
+    folder, folder_why = _cache(cache)
+    thread_choice = _threads(threads)
+    root = _world(src, tgt, folder, console).resolve() if built_in else None
+    src_root, tgt_root = (root or Path(place or "").resolve() for place in roots)
+    source = runs.Source(src, src_root, data_version, chosen[0])
+    target = runs.Source(tgt, tgt_root, data_version, chosen[1])
+    val = runs.Source(tgt, tgt_root, data_version, chosen[2])
+    with screen.bar(console) as tell:
+        run, facts = runs.assemble(
+            r, seed, out, source, target, val, folder, pseudo, dev, workers, weights, given, tell
+        )
+    method_fact = (
+        "method",
+        runs.title(r, given),
+        f"{r.steps} iterations of {r.batch} frames a domain",
+    )
+    choices = {
+        "preset": (preset, preset_why),
+        "device": (dev, dev_why),
+        "kernels": kernels.backend(dev),
+        "threads": thread_choice,
+        "cache": (folder, folder_why),
+    }
+    _print_choices(console, choices, [method_fact, _weights_fact(pretrained), *facts])
+    runs.write_record(run, source, target, val, folder, thread_choice[0], built_in)
+    _drive(run, console, tensorboard)
+
+
+def _resume(
+    context: typer.Context,
+    folder: Path,
+    device: str | None,
+    workers: int | None,
+    threads: int | None,
+    cache: Path | None,
+    tensorboard: bool,
+) -> None:
+    """Continue the run of a folder with what its run.json and its checkpoint say."""
+    from ftdpp import checkpoint, kernels, runs, screen
+
+    console = screen.messages()
+    mine = {"resume", "device", "workers", "threads", "cache", "tensorboard"}
+    for name in context.params.keys() - mine:
+        origin = context.get_parameter_source(name)
+        if origin is not None and origin.name == "COMMANDLINE":
+            option = "--" + name.rstrip("_").replace("_", "-")
+            raise _fail(f"--resume takes the run's own settings; drop {option}", USAGE)
+    last = folder / "last.safetensors"
+    if not folder.is_dir() or not last.exists():
+        raise _fail(f"{folder}: nothing to resume, there is no last.safetensors in it", USAGE)
+    record, meta = runs.read_record(folder), checkpoint.read_metadata(last)
+    if record is None:
+        raise checkpoint.RunError(
+            f"{folder}: there is no run.json, so where its data lies is unknown; begin anew"
+        )
+    r = checkpoint.stored_recipe(meta, last)
+    dev, dev_why = _device(device)
+    place, place_why = _cache(cache) if cache else (Path(record["cache"]), "as the run began")
+    thread_choice = _threads(threads, record["threads"])
+    sources = [runs.recorded_source(record, side) for side in ("src", "tgt", "val")]
+    if record["built_in"]:
+        root = _world(sources[0].domain, sources[1].domain, place, console).resolve()
+        for source in sources:
+            source.root = root
+    pseudo = Path(record["pseudo"]) if record["pseudo"] else None
+    given = tuple(meta["given"])
+    with screen.bar(console) as tell:
+        run, facts = runs.assemble(
+            *(r, meta["seed"], folder, sources[0], sources[1], sources[2], place),
+            *(pseudo, dev, workers, None, given, tell),
+        )
+    choices = {
+        "device": (dev, dev_why),
+        "kernels": kernels.backend(dev),
+        "threads": thread_choice,
+        "cache": (place, place_why),
+    }
+    run.resume()
+    where = f"iteration {run.iteration} of {r.steps}"
+    _print_choices(console, choices, [("resuming", runs.title(r, given), where), *facts])
+    _drive(run, console, tensorboard)
+
+
+def _drive(run: Any, console: Console, tensorboard: bool) -> None:
+    """Train to the end on the screen, and say what was left where."""
+    from ftdpp import runs, screen
+
     board = None
     if tensorboard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise _fail("--tensorboard: not installed; pip install '.[tensorboard]'", USAGE) from None
-        board = SummaryWriter(str(out / "tensorboard"))
-    display = screen.Display(console, engine.work_left(run))
-    with display.progress:
-        screen.drive(run, method, display, board)
+            raise _fail(
+                "--tensorboard: not installed; pip install '.[tensorboard]'", USAGE
+            ) from None
+        board = SummaryWriter(str(run.out / "tensorboard"))
+    display = screen.Display(console, runs.work_left(run))
+    with display:
+        screen.drive(run, runs.title(run.recipe, run.given), display, board)
     if board is not None:
         board.close()
-    chosen = (
-        f"iteration {run.best['iteration']} by {run.best['split']} mIoU"
-        if run.best
-        else "the last iteration: nothing to select by"
-    )
-    console.print(f"done: {run.last_path}, {run.best_path} ({chosen})")
+    chosen = "the last iteration: nothing to select by"
+    if run.best:
+        chosen = f"iteration {run.best['iteration']} by {run.best['split']} mIoU"
+    done = f"done: {run.last_path}, {run.best_path} ({chosen})"
+    console.print(done, soft_wrap=True)
 
 
-# ---- eval, pseudo, convert ------------------------------------------------------------------------------------------
+# ---- eval, pseudo, convert ---------------------------------------------------------------------
 
 
 def _checkpoint(run: Path, which: str) -> Path:
-    from ftdpp.train import RunError
+    from ftdpp.checkpoint import RunError
 
     if run.suffix == ".safetensors" or run.is_file():
         return run
     if which not in ("best", "last"):
         raise _fail(f"--checkpoint {which}: expected best or last", USAGE)
     if not run.is_dir():
-        raise RunError(f"{run}: no such run folder")
+        raise RunError(f"{run}: no such run folder; name one, or a .safetensors checkpoint")
     return run / f"{which}.safetensors"
 
 
 def _run_source(
-    run: Path, domain: str | None, data: Path | None, version: str | None, split: str | None, frames: str | None
+    run: Path,
+    domain: str | None,
+    data: Path | None,
+    version: str | None,
+    split: str | None,
+    frames: str | None,
 ) -> Source:
-    """Where the data of `ftd eval` and `ftd pseudo` comes from: the run's target as recorded in run.json, unless said otherwise.
+    """Where the data of `ftd eval` and `ftd pseudo` comes from: the run's target, unless said.
 
-    Frames that the target was restricted to in training are the default for that target, as long as neither a split nor
-    other frames are asked for.
+    Frames that the target was restricted to in training are the default for that target, as long as
+    neither a split nor other frames are asked for.
     """
+    from ftdpp import runs
     from ftdpp.checkpoint import RunError
-    from ftdpp.train import Source
 
     if domain is not None:
-        _domain(domain)
-    record = (run if run.is_dir() else run.parent) / "run.json"
-    try:
-        stored = json.loads(record.read_text()) if record.is_file() else None
-    except ValueError as error:
+        _known_domain("--domain", domain)
+    record = runs.read_record(run if run.is_dir() else run.parent)
+    chosen = _tokens(frames, "--frames")
+    if record is None and (data is None or domain is None):
         raise RunError(
-            f"{record}: damaged ({error}); name the data with --data and --domain, and a checkpoint instead of RUN"
-        ) from None
-    if stored is None and (data is None or domain is None):
-        raise RunError(f"{run}: no run.json beside it, so where its data lies is unknown; name it with --data and --domain")
-    side = next((stored[k] for k in ("tgt", "src") if domain in (None, stored[k]["domain"])), None) if stored else None
-    if side is None and data is None:
-        raise RunError(f"{run}: was not trained on {domain}; name its root with --data")
-    chosen = frames.split(",") if frames else None
-    if side is None:
-        assert data is not None and domain is not None
-        return Source(domain, data.resolve(), version, chosen)
-    if chosen is None and split is None:
-        chosen = side["frames"]
-    root = data.resolve() if data is not None else Path(side["root"])
-    return Source(side["domain"], root, version or side["version"], chosen)
+            f"{run}: no run.json beside it, so where its data lies is unknown; name it with --data "
+            "and --domain"
+        )
+    sides = [s for s in ("tgt", "src") if record and domain in (None, record[s]["domain"])]
+    if record is None or not sides:
+        if data is None:
+            raise RunError(f"{run}: was not trained on {domain}; name its root with --data")
+        assert domain is not None
+        return runs.Source(domain, data.resolve(), version, chosen)
+    source = runs.recorded_source(record, sides[0])
+    source.version = version or source.version
+    source.root = data.resolve() if data is not None else source.root
+    if chosen is not None or split is not None:
+        source.frames = chosen
+    return source
 
 
 @app.command("eval")
 @guarded
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Run folder, or a .safetensors checkpoint.")],
-    split: Annotated[str | None, typer.Option(help="val, test or train; default: test, or the run's own --tgt-frames.")] = None,
+    run: RunPath,
+    split: Annotated[
+        str | None,
+        typer.Option(help="val, test or train; default: test, or the run's own --tgt-frames."),
+    ] = None,
     checkpoint: Checkpoint = "best",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    domain: Annotated[str | None, typer.Option(help="Domain to evaluate on; default: the run's target.")] = None,
+    domain: Annotated[
+        str | None, typer.Option(help="Domain to evaluate on; default: the run's target.")
+    ] = None,
     data: Data = None,
     data_version: Version = None,
-    frames: Annotated[str | None, typer.Option(help="Only these frames: tokens, comma-separated.")] = None,
-    overlay: Annotated[Path | None, typer.Option(help="Folder for pictures of the first frames' predictions.")] = None,
+    frames: Frames = None,
+    overlay: Overlay = None,
+    count: Count = 4,
     device: Device = None,
+    threads: Threads = None,
     cache: Cache = None,
 ) -> None:
-    """Evaluate a checkpoint: point-level IoU of 2D, 3D and 2D+3D, per class."""
+    """Evaluate a checkpoint: point-level IoU of every head, per class."""
     from ftdpp import checkpoint as files
     from ftdpp import evaluate as protocol
-    from ftdpp import screen
-    from ftdpp.data import DOMAINS, splits
+    from ftdpp import runs, screen
 
     console = screen.messages()
     if overlay is not None:
         _writable(overlay, folder=True)
     path = _checkpoint(run, checkpoint)
     dev, _ = _device(device)
-    model, r, meta = files.load_student(path, dev)
+    _threads(threads)
     source = _run_source(run, domain, data, data_version, split, frames)
+    system, meta = files.load(path, dev)
+    r = system.recipe
     split = split or "test"
-    if source.frames is None and split not in splits(DOMAINS[source.domain]):
-        raise _fail(f"--split {split}: {source.domain} has {', '.join(splits(DOMAINS[source.domain]))}", USAGE)
+    splits = _known_domain("--domain", source.domain).splits
+    if source.frames is None and split not in splits:
+        raise _fail(f"--split {split}: {source.domain} has {', '.join(splits)}", USAGE)
+    title = runs.title(r, tuple(meta.get("given", ())))
+    origin = f"{path.name}, iteration {meta['iteration']}"
     with screen.bar(console) as tell:
         index = source.index(split, r, _cache(cache)[0], tell)
-        score = protocol.evaluate(model, index, r, f"{path.name}, iteration {meta['iteration']}", dev, tell)
+        score = protocol.evaluate(system, index, origin, dev, tell)
     if as_json:
-        print(json.dumps({**score.as_dict(), "method": r.method, "scenario": r.scenario, "seed": meta.get("seed")}))
+        more = {"method": r.method, "scenario": r.scenario, "seed": meta.get("seed")}
+        print(json.dumps({**score.as_dict(), **more, "given": meta.get("given", [])}))
     else:
-        screen.results().print(screen.score_table(score, r.method))
+        screen.results().print(screen.score_table(score, title))
     if overlay is not None:
-        _overlays(overlay, model, index, r, dev, console)
+        chosen = range(min(count, len(index)))
+        labels = protocol.predict_frames(system, index, chosen, dev)
+        what = f"{title}, {system.heads[-1].upper()}, {origin}"
+        _overlays(overlay, index, chosen, labels, r, what, console)
 
 
-def _overlays(folder: Path, model: Any, index: Any, r: Recipe, dev: Any, console: Console, count: int = 4) -> None:
-    import torch
+def _overlays(
+    folder: Path,
+    index: Any,
+    chosen: range,
+    labels: Any,
+    r: Recipe,
+    title: str,
+    console: Console,
+    what: str = "prediction",
+) -> None:
+    """Pictures of labels (M,) u8, 255 = none, drawn on the original images of an index."""
+    from ftdpp import report
+    from ftdpp.data import CLASS_SETS
+    from ftdpp.index import original_frame
+    from ftdpp.readers import plural
 
-    from ftdpp import data, report
-    from ftdpp import evaluate as protocol
-
-    folder.mkdir(parents=True, exist_ok=True)
-    names = data.CLASS_SETS[r.classes].names
-    for i in range(min(count, len(index))):
-        frame = index.frame(i)
-        with torch.no_grad():
-            [(_, batch)] = protocol.batches_of(index, r, 1, range(i, i + 1))
-            batch = batch.to(dev)
-            predicted = protocol.ensemble(model(batch.image, batch.pixel, batch.coords)).argmax(1).cpu().numpy()
-        label = frame.label.copy()
-        label[:] = data.UNLABELLED
-        label[batch.keep[0].numpy()] = predicted
-        path = folder / f"{frame.token.replace('/', '_')}.png"
-        report.overlay(frame, label, names, f"{r.method} 2D+3D, {frame.token}").save(path)
-        if frame.has_label:
-            report.overlay(frame, frame.label, names, f"labels, {frame.token}").save(path.with_stem(path.stem + "_labels"))
-    console.print(f"wrote pictures to {folder}")
+    frames = ((original_frame(index, i), label) for i, label in zip(chosen, labels, strict=True))
+    made = report.write_overlays(folder, frames, CLASS_SETS[r.classes], title, what)
+    wrote = f"wrote {plural(len(made), 'picture')} to {folder}"
+    console.print(wrote, soft_wrap=True)
 
 
 @app.command()
 @guarded
 def pseudo(
-    run: Annotated[Path, typer.Argument(help="Run folder, or a .safetensors checkpoint.")],
+    run: RunPath,
     out: Annotated[Path, typer.Option(help="File to write, .safetensors.")],
     checkpoint: Checkpoint = "last",
-    split: Annotated[str | None, typer.Option(help="Target split; default: the one the run adapted to.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Target split; default: the one the run adapted to.")
+    ] = None,
     data: Data = None,
     data_version: Version = None,
-    domain: Annotated[str | None, typer.Option(help="Domain of --data; default: the run's target.")] = None,
-    frames: Annotated[str | None, typer.Option(help="Only these frames: tokens, comma-separated.")] = None,
-    overlay: Annotated[Path | None, typer.Option(help="Folder for pictures of the first frames' predictions.")] = None,
+    domain: Annotated[
+        str | None, typer.Option(help="Domain of --data; default: the run's target.")
+    ] = None,
+    frames: Frames = None,
+    overlay: Overlay = None,
+    count: Count = 4,
     device: Device = None,
+    threads: Threads = None,
     cache: Cache = None,
 ) -> None:
-    """Predict the target training frames and keep the confident labels, for a second stage: ftd train ... --pseudo FILE."""
+    """Predict the target training frames and keep the confident labels, for a second stage:
+    ftd train ... --pseudo FILE."""
     from ftdpp import checkpoint as files
     from ftdpp import evaluate as protocol
-    from ftdpp import screen
-    from ftdpp import train as engine
+    from ftdpp import runs, screen
 
     console = screen.messages()
     _writable(out)
@@ -499,18 +697,26 @@ def pseudo(
         _writable(overlay, folder=True)
     path = _checkpoint(run, checkpoint)
     dev, _ = _device(device)
-    model, r, meta = files.load_student(path, dev)
+    _threads(threads)
     source = _run_source(run, domain, data, data_version, split, frames)
+    system, meta = files.load(path, dev)
+    r = system.recipe
+    adapted = [s.split for s in system.streams(r).values() if not s.labels]
+    split = split or (adapted[0] if adapted else "train")
+    origin = f"{path.name}, iteration {meta['iteration']}"
     with screen.bar(console) as tell:
-        index = source.index(split or engine.needs(r)["unlabelled"] or "train", r, _cache(cache)[0], tell)
-        found = protocol.write_pseudo_labels(out, model, index, r, f"{path.name}, iteration {meta['iteration']}", dev, tell)
+        index = source.index(split, r, _cache(cache)[0], tell)
+        found = protocol.write_pseudo_labels(out, system, index, origin, dev, tell)
+    title = runs.title(r, tuple(meta.get("given", ())))
     if overlay is not None:
-        _overlays(overlay, model, index, r, dev, console)
-    title = (
-        f"{out}: {found['frames']} frames of {index.identity['domain']} {index.identity['split'] or 'chosen frames'}, "
-        f"by {r.method}, {found['checkpoint']}"
-    )
-    screen.results().print(screen.pseudo_table(found, title))
+        chosen, head = range(min(count, len(index))), system.pseudo_heads[0]
+        labels = protocol.PseudoLabels(out, r, index)
+        kept = (labels.of(index.tokens[i], head).numpy() for i in chosen)
+        what = f"{title}, kept pseudo-labels of {head.upper()}"
+        _overlays(overlay, index, chosen, kept, r, what, console)
+    where = f"{found['frames']} frames of {found['domain']} {found['split']}"
+    heading = f"{out}: {where}, by {title}, {origin}"
+    screen.results().print(screen.pseudo_table(found, heading))
 
 
 @app.command()
@@ -523,51 +729,19 @@ def convert(
     out: Annotated[Path, typer.Option(help="File to write, .safetensors.")],
 ) -> None:
     """Turn released FtD++ checkpoints into one that ftd eval and ftd pseudo read."""
-    from ftdpp import checkpoint as files
-    from ftdpp import losses, screen
+    from ftdpp import released, screen, systems
 
-    r = losses.recipe(scenario)
+    r = systems.recipe(scenario)
     _writable(out)
-    files.convert_checkpoints({"2d": net_2d, "3d": net_3d, "fusion": fusion}, r, out)
-    screen.messages().print(f"wrote {out}; evaluate it with: ftd eval {out} --domain {scenario.split('-')[1]} --data ROOT")
+    released.convert_checkpoints({"2d": net_2d, "3d": net_3d, "fusion": fusion}, r, out)
+    target = scenario.split("-")[1]
+    screen.messages().print(
+        f"wrote {out}; evaluate it with: ftd eval {out} --domain {target} --data ROOT",
+        soft_wrap=True,
+    )
 
 
-# ---- compare ----------------------------------------------------------------------------------------------------------
-
-
-class Job(NamedTuple):
-    """One run of a comparison."""
-
-    name: str
-    seed: int
-    out: Path
-    pseudo: Path | None  # labels that the first stage writes for the second
-    recipe: Recipe
-
-
-def _jobs(scenario: str, methods: str, seeds: str, preset: str, overrides: list[str], out: Path) -> list[Job]:
-    from ftdpp import losses
-
-    try:
-        numbers = [int(s) for s in seeds.split(",")]
-        if min(numbers) < 0:
-            raise ValueError
-    except ValueError:
-        raise losses.RecipeError(f"--seeds {seeds}: expected numbers from 0 on, as in 0,1,2") from None
-    jobs = []
-    for seed in numbers:
-        for method in methods.split(","):
-            plain, _, stage = method.partition("+")
-            if stage not in ("", "pl"):
-                raise losses.RecipeError(f"--methods {method}: expected NAME or NAME+pl")
-            first = losses.recipe(scenario, plain, preset, False, overrides)
-            jobs.append(Job(plain, seed, out / f"{scenario}-{plain}-seed{seed}", None, first))
-            if stage:
-                second = losses.recipe(scenario, plain, preset, True, overrides)
-                jobs.append(
-                    Job(method, seed, out / f"{scenario}-{method}-seed{seed}", jobs[-1].out / "pseudo.safetensors", second)
-                )
-    return list(dict.fromkeys(jobs))
+# ---- compare -----------------------------------------------------------------------------------
 
 
 @app.command()
@@ -575,7 +749,9 @@ def _jobs(scenario: str, methods: str, seeds: str, preset: str, overrides: list[
 def compare(
     src: Annotated[str, typer.Option(help="Source domain.")] = "usa",
     tgt: Annotated[str, typer.Option(help="Target domain.")] = "singapore",
-    methods: Annotated[str, typer.Option(help="Comma-separated; NAME+pl adds the second stage.")] = "source-only,ftdpp",
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated; NAME+pl adds the second stage.")
+    ] = "source-only,ftdpp",
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0",
     preset: Preset = None,
     data: Data = None,
@@ -583,144 +759,122 @@ def compare(
     set_: Sets = None,
     ssda: SSDA = False,
     pretrained: Pretrained = None,
-    out: Annotated[Path, typer.Option(help="Folder of the runs; finished ones are not trained again.")] = Path("runs"),
+    out: Annotated[
+        Path, typer.Option(help="Folder of the runs; finished ones are not trained again.")
+    ] = Path("runs"),
     device: Device = None,
+    threads: Threads = None,
     cache: Cache = None,
 ) -> None:
-    """Train several methods with several seeds, select on val, and compare them on test in one table (also OUT/compare.json)."""
-    from ftdpp import checkpoint as files
-    from ftdpp import evaluate as protocol
-    from ftdpp import screen
-    from ftdpp import train as engine
-    from ftdpp.data import require_labels
+    """Train several methods with several seeds, select on val, and compare them on test in one
+    table (also OUT/compare.json)."""
+    from ftdpp import compare as comparison
+    from ftdpp import kernels, runs, screen
 
     console = screen.messages()
+    for option, domain in (("--src", src), ("--tgt", tgt)):
+        _known_domain(option, domain)
     dev, dev_why = _device(device)
     preset, preset_why = _preset(preset, dev, data is None)
-    folder, folder_why = _cache(cache)
-    jobs = _jobs(f"{src}-{tgt}" + ("-ssda" if ssda else ""), methods, seeds, preset, set_ or [], out)
+    scenario = f"{src}-{tgt}" + ("-ssda" if ssda else "")
+    jobs = comparison.plan(scenario, methods, seeds, preset, set_ or [], out)
+    splits = _known_domain("--tgt", tgt).splits
+    if "val" not in splits:
+        raise _fail(f"--tgt {tgt}: has no val split to select on; use ftd train", USAGE)
     _writable(out, folder=True)
     weights = _imagenet(pretrained, jobs[0].recipe)
-    source, target = _sources(src, tgt, (data, data), data_version, (None, None), folder, console)
-    val = engine.Source(tgt, target.root, target.version)
-
-    def open_run(job: Job, pseudo: Path | None) -> tuple[Run, list[tuple[str, str, str]]]:
-        run, facts = engine.assemble(job.recipe, job.seed, job.out, source, target, val, folder, pseudo, dev, None, weights)
-        if run.last_path.exists():
-            run.resume()
-        return run, facts
-
-    def labels_of(job: Job) -> Path | None:
-        """The pseudo-labels of a second stage, written by its first stage's last checkpoint when they are not there yet."""
-        if job.pseudo is not None and not job.pseudo.exists():
-            first = next(j for j in jobs if j.seed == job.seed and f"{j.name}+pl" == job.name)
-            model, r, meta = files.load_student(first.out / "last.safetensors", dev)
-            index = target.index(engine.needs(r)["unlabelled"], r, folder)
-            protocol.write_pseudo_labels(job.pseudo, model, index, r, f"last.safetensors, iteration {meta['iteration']}", dev)
-        return job.pseudo
-
-    # What is left to do is known before the first step, so that one ETA covers all runs.
+    built_in = _known_roots(src, tgt, (data, data))
+    folder, folder_why = _cache(cache)
+    thread_choice = _threads(threads)
+    root = data.resolve() if data is not None else _world(src, tgt, folder, console).resolve()
+    source, target, val = (runs.Source(d, root, data_version) for d in (src, tgt, tgt))
+    work = comparison.Comparison(
+        *(jobs, source, target, val, folder, dev, weights, thread_choice[0], built_in)
+    )
     with screen.bar(console) as tell:
-        test = target.index("test", jobs[0].recipe, folder, tell)
-        require_labels(test)
-        for index_of in dict.fromkeys(engine.needs(job.recipe)["labelled"][0] for job in jobs):
-            (source if index_of[0] == "src" else target).index(index_of[1], jobs[0].recipe, folder, tell)
-        val.index("val", jobs[0].recipe, folder, tell)
-    work = 0.0
-    facts: list[tuple[str, str, str]] = []
-    for job in jobs:
-        ready = job.pseudo is None or job.pseudo.exists()
-        run, found = open_run(job, job.pseudo if ready else None)
-        work += engine.work_left(run)
-        facts = max(facts, found, key=len)
-    many = ("runs", str(len(jobs)), f"{methods}; seeds {seeds}")
-    _print_choices(console, (preset, preset_why), (dev, dev_why), (folder, folder_why), [many, _weights_fact(pretrained), *facts])
-    display = screen.Display(console, work)
-    rows: list[dict[str, Any]] = []
-    with display.progress:
-        for job in jobs:
-            run, _ = open_run(job, labels_of(job))
-            if run.iteration < run.recipe.steps or run.owed:
-                _write_run_file(run, source, target, sys.argv[1:])
-                screen.drive(run, f"{job.name} seed {job.seed}", display)
-            model, r, meta = files.load_student(run.best_path, dev)
-            name = f"best.safetensors, iteration {meta['iteration']}"
-            rows.append(
-                {
-                    "method": job.name,
-                    "seed": job.seed,
-                    **protocol.evaluate(model, target.index("test", r, folder), r, name, dev).as_dict(),
-                }
-            )
+        left, facts = work.prepare(tell)
+    choices = {
+        "runs": (len(jobs), f"{methods}; seeds {seeds}"),
+        "preset": (preset, preset_why),
+        "device": (dev, dev_why),
+        "kernels": kernels.backend(dev),
+        "threads": thread_choice,
+        "cache": (folder, folder_why),
+    }
+    _print_choices(console, choices, [_weights_fact(pretrained), *facts])
+    display = screen.Display(console, left)
+    with display:
+        rows = work.run(lambda run, name: screen.drive(run, name, display))
     title = (
-        f"{src} -> {tgt}, {preset} preset: mIoU in percent on the {tgt} test split ({rows[0]['frames']} frames), "
-        f"checkpoint chosen on val, seeds {seeds}"
+        f"{src} -> {tgt}, {preset} preset: mIoU in percent on the {tgt} test split "
+        f"({rows[0]['frames']} frames), checkpoint chosen on val, seeds {seeds}"
     )
     screen.results().print(screen.compare_table(rows, title))
-    (out / "compare.json").write_text(json.dumps(rows, indent=1))
+    comparison.write_rows(out / "compare.json", rows)
 
 
-# ---- recipes, data ----------------------------------------------------------------------------------------------------
+# ---- recipes, data -----------------------------------------------------------------------------
 
 
 @app.command()
 @guarded
 def recipes(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: scenario -> method -> recipe.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object: scenario -> method -> recipe.")
+    ] = False,
+    scenario: Annotated[
+        str | None, typer.Option(help="Only this one; SRC-TGT of any pair, -ssda behind it.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="Only this one.")] = None,
     preset: Annotated[str, typer.Option(help="paper or small.")] = "paper",
-    second: Annotated[bool, typer.Option("--pseudo", help="The second stage, on pseudo-labels.")] = False,
+    second: Annotated[
+        bool, typer.Option("--pseudo", help="The second stage, on pseudo-labels.")
+    ] = False,
 ) -> None:
-    """Show every scenario and method, with the numbers in which they differ."""
+    """Show every scenario and method, with the settings in which they differ."""
     import dataclasses
 
-    from ftdpp import losses, screen
+    from ftdpp import screen, systems
 
-    made: dict[str, dict[str, Any]] = {}
-    for scenario in losses.SCENARIOS:
-        made[scenario] = {}
-        for method in losses.METHODS:
-            if not (scenario.endswith("-ssda") and method in losses.NOT_SEMI_SUPERVISED):
-                made[scenario][method] = dataclasses.asdict(losses.recipe(scenario, method, preset, second))
+    scenarios = [scenario] if scenario else list(systems.METHODS["ftdpp"].system().scenarios)
+    made: dict[str, list[Any]] = {}
+    for name in scenarios:
+        methods = [method] if method else list(systems.METHODS)
+        if name.endswith("-ssda") and not method:
+            methods = [m for m in methods if systems.METHODS[m].semi_supervised]
+        made[name] = [systems.recipe(name, m, preset, second) for m in methods]
     if as_json:
-        print(json.dumps(made))
+        table = {
+            name: {r.method: dataclasses.asdict(r) for r in rows} for name, rows in made.items()
+        }
+        print(json.dumps(table))
         return
-    shown = (
-        "lr_2d", "lr", "ce_3d", "mimic_src", "mimic_tgt", "distill_single", "distill_fused", "teacher_image", "student_mix",
-        "pseudo_debias", "steps", "milestones", "gamma", "batch",
-    )  # fmt: skip
-    rows = []
-    for scenario, methods in made.items():
-        for method, r in methods.items():
-            cells = {k: ",".join(map(str, r[k])) if isinstance(r[k], tuple) else str(r[k]) for k in shown}
-            rows.append({"scenario": scenario, "method": method, **cells})
-    hint = f"{preset} preset; every number: ftd recipes --json; override one: ftd train ... --set NAME=VALUE"
-    screen.results().print(screen.plain_table(rows, hint))
-
-
-Domain = Annotated[str, typer.Option(help="usa, singapore, day, night or skitti.")]
-
-
-def _domain(name: str) -> Any:
-    from ftdpp import losses
-    from ftdpp.data import DOMAINS
-
-    if name not in DOMAINS:
-        raise losses.unknown("domain", name, list(DOMAINS))
-    return DOMAINS[name]
+    console = screen.results()
+    for name, rows in made.items():
+        console.print(screen.recipes_table(rows, f"{name}, {preset} preset"))
+    screen.messages().print(
+        f"{preset} preset; every setting: ftd recipes --json; override one: ftd train ... --set "
+        "NAME=VALUE",
+        soft_wrap=True,
+    )
 
 
 @data_app.command("check")
 @guarded
 def data_check(
-    root: Annotated[Path, typer.Argument(help="Root of the data set.")], domain: Domain, data_version: Version = None
+    root: Annotated[Path, typer.Argument(help="Root of the data set.")],
+    domain: Domain,
+    data_version: Version = None,
 ) -> None:
     """Count what is there and what is missing, split by split, without opening a frame."""
-    from ftdpp import data, screen
+    from ftdpp import readers, screen
 
-    rows = data.check(root, _domain(domain), data_version)
+    rows = readers.check(root, _known_domain("--domain", domain), data_version)
     screen.results().print(screen.plain_table(rows, f"{root} as {domain}"))
     if not any(row["frames"] for row in rows):
         raise _fail(f"{root}: no frame of any split of {domain}", DATA)
+    if any(row["missing"] for row in rows):
+        raise _fail(f"{root}: files are missing; the table names the first of each split", DATA)
 
 
 @data_app.command("prepare")
@@ -729,19 +883,22 @@ def data_prepare(
     root: Annotated[Path, typer.Argument(help="Root of the data set.")],
     domain: Domain,
     split: Annotated[str | None, typer.Option(help="Default: every split of the domain.")] = None,
-    classes: Annotated[str, typer.Option(help="street6, vkitti6 or a2d2_10.")] = "street6",
+    classes: Annotated[str, typer.Option(help="Class set.")] = "street6",
     size: Annotated[
-        str | None, typer.Option(help="Image size H,W; default: 225,400 for nuScenes, as they are for KITTI.")
+        str | None, typer.Option(help="Image size H,W; default: what the paper preset uses.")
     ] = None,
-    frames: Annotated[str | None, typer.Option(help="Only these frames: tokens, comma-separated.")] = None,
+    frames: Frames = None,
     data_version: Version = None,
     cache: Cache = None,
 ) -> None:
-    """Project, map labels, resize, and write the memory-mapped index. Training does this by itself when it is missing."""
-    from ftdpp import data, screen
+    """Project, map labels, resize, and write the memory-mapped index. Training does this by itself
+    when it is missing."""
+    from ftdpp import readers, screen
+    from ftdpp.data import CLASS_SETS
+    from ftdpp.index import prepare
 
-    row, folder, console = _domain(domain), _cache(cache)[0], screen.messages()
-    shape: tuple[int, int] | None = (225, 400) if row.dataset == "nuscenes" else None
+    row, folder, console = _known_domain("--domain", domain), _cache(cache)[0], screen.messages()
+    shape = readers.reader_of(row).image
     if size:
         try:
             height, width = (int(x) for x in size.split(","))
@@ -750,24 +907,28 @@ def data_prepare(
         if height < 1 or width < 1:
             raise _fail(f"--size {size}: expected H,W of at least 1,1", USAGE)
         shape = height, width
+    tokens = _tokens(frames, "--frames")
     names: list[str | None] = [split]
-    if frames:
+    if tokens:
         names = [None]
     elif split is None:  # all there is; the semi-supervised halves are part of train
-        rows = data.check(root, row, data_version)
-        names = [r["split"] for r in rows if r["frames"] and not r["split"].startswith("train_")]
-        console.print(f"splits with frames here: {', '.join(map(str, names)) or 'none'}; the others: ftd data check")
+        rows = readers.check(root, row, data_version)
+        there = [r["split"] for r in rows if r["frames"]]
+        names = [name for name in there if not name.startswith("train_")]
+        if not names:
+            raise _fail(f"{root}: no frame of any split of {domain}; nothing prepared", DATA)
+        console.print(f"splits with frames here: {', '.join(there)}", soft_wrap=True)
     for name in names:
         with screen.bar(console) as tell:
-            index = data.prepare(
-                root, row, name, classes, shape, folder, data_version, frames.split(",") if frames else None, tell
-            )
+            index = prepare(root, row, name, classes, shape, folder, data_version, tokens, tell)
         f = index.fingerprint
-        counts = ", ".join(f"{n} {c:,}" for n, c in zip(data.CLASS_SETS[classes].names, f["points_per_class"], strict=True))
+        per_class = zip(CLASS_SETS[classes], f["points_per_class"], strict=True)
+        counts = ", ".join(f"{n} {c:,}" for n, c in per_class)
+        count = readers.plural(f["frames"], "frame")
         console.print(
-            f"{domain} {name or 'chosen frames'}: {f['frames']} frames ({f['unlabelled_frames']} unlabelled, "
-            f"{f['empty_frames']} empty), "
-            f"{f['points']:,} points in the image: {counts}, ignored {f['ignored']:,}\n  {index.path}",
+            f"{domain} {name or 'chosen frames'}: {count} ({f['unlabelled_frames']} unlabelled, "
+            f"{f['empty_frames']} empty), {f['points']:,} points in the image: {counts}, ignored "
+            f"{f['ignored']:,}\n  {index.path}",
             soft_wrap=True,
         )
 
@@ -783,27 +944,35 @@ def data_synth(
     workers: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
     """Write the built-in street world to a folder of your own."""
-    from ftdpp import screen, synth
+    from ftdpp import screen
+    from ftdpp.world import layouts
 
     counts = None
     if frames:
         try:
-            counts = dict(zip(synth.DEFAULT_FRAMES, (int(x) for x in frames.split(",")), strict=True))
+            numbers = [int(x) for x in frames.split(",")]
+            counts = dict(zip(layouts.DEFAULT_FRAMES, numbers, strict=True))
         except ValueError:
-            raise _fail(f"--frames {frames}: expected four numbers, {','.join(synth.DEFAULT_FRAMES)}", USAGE) from None
+            names = ",".join(layouts.DEFAULT_FRAMES)
+            raise _fail(f"--frames {frames}: expected four numbers, {names}", USAGE) from None
     console = screen.messages()
-    if (src, tgt) not in BUILT_IN:
-        pairs = ", ".join(f"--src {a} --tgt {b}" for a, b in BUILT_IN)
+    if (src, tgt) not in layouts.PAIRS:
+        pairs = ", ".join(f"--src {a} --tgt {b}" for a, b in layouts.PAIRS)
         raise _fail(f"no scenario for {src} -> {tgt}; there is {pairs}", USAGE)
     if out.exists():
         raise _fail(f"{out} exists; choose a new folder", USAGE)
     _writable(out)
     try:
         with screen.bar(console) as tell:
-            synth.write_world(out, src, tgt, counts, seed, workers, lambda done, total: tell(done, total, "ray casting"))
+            layouts.write_world(out, src, tgt, counts, seed, workers, tell)
     except ValueError as error:
         raise _fail(error, USAGE) from None
-    console.print(f"wrote {out}; use it with: ftd train --src {src} --tgt {tgt} --data {out}")
+    console.print(
+        f"wrote {out}; use it with: ftd train --src {src} --tgt {tgt} --data {out}", soft_wrap=True
+    )
+
+
+# ---- bench, doctor -----------------------------------------------------------------------------
 
 
 @app.command()
@@ -812,44 +981,67 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; medians are shown.", min=1)] = 5,
     out: Annotated[Path | None, typer.Option(help="CSV to append the rows to.")] = None,
     scan: Annotated[
-        list[Path] | None, typer.Option(help="A SemanticKITTI scan (.bin) to time too; repeatable.", exists=True, dir_okay=False)
+        list[Path] | None,
+        typer.Option(
+            help="A SemanticKITTI scan (.bin) to time too; repeatable.", exists=True, dir_okay=False
+        ),
     ] = None,
     device: Device = None,
+    threads: Threads = None,
     cache: Cache = None,
 ) -> None:
-    """Time maps, sparse U-Net, data loading and the training step on this machine, beside what it can do at best."""
-    from ftdpp import bench as benchmark
-    from ftdpp import screen
+    """Time maps, sparse U-Net, data loading and the training step on this machine, beside what it
+    can do at best."""
+    from ftdpp import machine, screen
     from ftdpp.kernels import check
 
+    try:
+        from ftdpp.bench import speed
+    except ModuleNotFoundError as error:
+        if error.name != "ftdpp.bench":
+            raise
+        raise _fail(
+            "the benchmarks are part of the repository, not of the installed package; clone it and "
+            "run: make setup",
+            USAGE,
+        ) from None
     if out is not None:
         _writable(out)
-        benchmark.check_columns(out)
+        speed.check_columns(out)
     folder = _cache(cache)[0]
     dev, _ = _device(device)
+    _threads(threads or os.cpu_count())
     wrong = [c for c in check.run(dev) if not c.ok]
     if wrong:
-        raise _fail(f"{wrong[0].what} ({wrong[0].dtype}) is wrong on this machine, so its time means nothing: ftd doctor", FAILED)
+        raise _fail(
+            f"{wrong[0].what} ({wrong[0].dtype}) is wrong on this machine, so its time means "
+            "nothing: ftd doctor",
+            FAILED,
+        )
     root = _world("usa", "singapore", folder, screen.messages())
-    rows = benchmark.run(root, folder, rounds, dev, scans=scan or [])
-    screen.results().print(screen.plain_table(rows, benchmark.machine(dev)))
+    rows = speed.run(root, folder, rounds, dev, scans=scan or [])
+    screen.results().print(screen.plain_table(rows, machine.describe(dev)))
     if out is not None:
-        benchmark.append(out, rows, dev)
+        speed.append(out, rows, dev)
 
 
 @app.command()
 @guarded
 def doctor(device: Device = None) -> None:
-    """Versions, device, and every sparse operation checked on this machine: paste it into a bug report."""
+    """Versions, device, and every sparse operation checked on this machine: paste it into a bug
+    report."""
     import importlib.metadata
     import platform
 
-    from ftdpp import bench as benchmark
-    from ftdpp import kernels, screen
+    from ftdpp import kernels, machine, screen
     from ftdpp.kernels import check
 
     dev, dev_why = _device(device)
-    rows = [("machine", benchmark.machine(dev), f"{platform.system()} {platform.release()}")]
+    system = f"{platform.system()} {platform.release()}"
+    rows = [
+        ("python", platform.python_version(), sys.executable),
+        ("machine", machine.describe(dev), system),
+    ]
     for package in ("ftdpp", "torch", "triton", "torch_scatter", "numpy", "safetensors"):
         try:
             rows.append((package, importlib.metadata.version(package), ""))
@@ -857,16 +1049,27 @@ def doctor(device: Device = None) -> None:
             rows.append((package, "not installed", ""))
     rows += [("device", str(dev), dev_why), ("kernels", *kernels.backend(dev))]
     console = screen.results()
-    screen.facts(console, [("python", platform.python_version(), sys.executable), *rows])
+    screen.facts(console, rows)
     checks = check.run(dev)
     table = [
-        {"operation": c.what, "dtype": c.dtype, "deviation": f"{c.deviation:.1e}", "allowed": f"{check.ALLOWED[c.dtype]:.0e}",
-         "repeats": "yes" if c.repeats else "NO", "result": "ok" if c.ok else "WRONG"}
+        {
+            "operation": c.what,
+            "dtype": c.dtype,
+            "deviation": f"{c.deviation:.1e}",
+            "allowed": f"{check.ALLOWED[c.dtype]:.0e}",
+            "repeats": "yes" if c.repeats else "NO",
+            "result": "ok" if c.ok else "WRONG",
+        }
         for c in checks
-    ]  # fmt: skip
-    console.print(screen.plain_table(table, "largest deviation from dense float64, as a share of the largest value"))
+    ]
+    heading = "largest deviation from dense float64, as a share of the largest value"
+    console.print(screen.plain_table(table, heading))
     if not all(c.ok for c in checks):
-        raise _fail("a sparse operation is wrong on this machine; FTD_KERNELS=torch avoids Triton; please report this", FAILED)
+        raise _fail(
+            "a sparse operation is wrong on this machine; FTD_KERNELS=torch avoids Triton; please "
+            "report this",
+            FAILED,
+        )
 
 
 def main() -> None:

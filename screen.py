@@ -1,51 +1,136 @@
-"""What a person sees in the terminal: progress, tables, and the driver that turns signals into "save, then leave".
+"""What a person sees in the terminal: decisions, progress, tables, and the driver of a training.
 
-Messages and progress go to standard error, results to standard output.
+Messages and progress go to standard error, results to standard output. On a terminal progress is
+one live line; where the output is piped to a file or to another program it is plain lines.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from ftdpp import train
-from ftdpp.evaluate import HEADS, Score
+from ftdpp import files, machine, train
+from ftdpp.evaluate import Score
+from ftdpp.readers import plural
+from ftdpp.recipe import Recipe
+
+EVERY = 30.0  # seconds: the longest silence of a command that moves, where its output is piped
 
 
 def messages() -> Console:
-    return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+    return _console(stderr=True, soft_wrap=not sys.stderr.isatty())
 
 
 def results() -> Console:
     """Wide enough for a table where standard output is not a terminal."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    return _console(width=None if sys.stdout.isatty() else 200)
 
 
-def facts(console: Console, rows: list[tuple[str, str, str]]) -> None:
-    """Decisions, one a line: what, value, reason."""
-    table = Table(box=None, show_header=False, padding=(0, 1))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    table.add_column(style="dim")
-    for row in rows:
-        table.add_row(*row)
+def _console(**options: Any) -> Console:
+    """A console that prints text as it is: a path may hold [brackets] or :colons:."""
+    stream = sys.stderr if options.get("stderr") else sys.stdout
+    if not stream.isatty():
+        options["force_interactive"] = False  # no live line in a log, whatever FORCE_COLOR says
+    return Console(markup=False, emoji=False, highlight=False, **options)
+
+
+def facts(console: Console, rows: Iterable[tuple[str, str, str]]) -> None:
+    """Decisions, one a line: what, value, reason. Long ones wrap on a terminal; nothing is cut."""
+    rows = list(rows)
+    width = max((len(what) for what, _, _ in rows), default=0)
+    if not console.is_interactive:
+        for what, value, reason in rows:
+            line = f"{what:<{width}}  {value}" + (f"  ({reason})" if reason else "")
+            console.print(line, soft_wrap=True)
+        return
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", overflow="fold")
+    table.add_column(overflow="fold")
+    for what, value, reason in rows:
+        table.add_row(what, Text.assemble(value, "  ", (reason, "dim")))
     console.print(table)
 
 
+# ---- progress ------------------------------------------------------------------------------------
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 0:07, 1:10 or 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class _Pace:
+    """Says when a plain line is due: at the first call, then before `EVERY` seconds have passed."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.printed: float | None = None
+        self.called: float | None = None
+
+    def due(self) -> bool:
+        """To be called once a step. The next one may take as long, or a third of `EVERY`."""
+        now = self.clock()
+        step = now - self.called if self.called is not None else 0.0
+        self.called = now
+        coming = now + max(step, EVERY / 3)
+        if self.printed is not None and coming - self.printed <= EVERY:
+            return False
+        self.printed = now
+        return True
+
+
+class _Lines:
+    """Plain lines of one kind of work after another: when it starts, while it moves, at its end."""
+
+    def __init__(self, console: Console, clock: Callable[[], float]) -> None:
+        self.console, self.clock = console, clock
+        self.what, self.done, self.total = "", 0, 0
+
+    def tell(self, done: int, total: int, what: str) -> None:
+        goes_on = what == self.what and total == self.total and done > self.done
+        if not goes_on:
+            self.pace, self.begin, self.first = _Pace(self.clock), self.clock(), done
+        self.what, self.done, self.total = what, done, total
+        if self.pace.due() or done >= total:
+            line = f"{what}: {done} of {total}"
+            spent = self.clock() - self.begin
+            if done >= total:
+                line += f", took {duration(spent)}" if goes_on else ""
+            elif done > self.first:
+                line += f", {duration(spent / (done - self.first) * (total - done))} left"
+            self.console.print(line, soft_wrap=True)
+
+
 @contextmanager
-def bar(console: Console) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar fed by `progress(done, total, what)`, one line per kind of work."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+def bar(console: Console, clock: Callable[[], float] = time.monotonic) -> Iterator[files.Progress]:
+    """Progress of the work inside, fed by `tell(done, total, what)`; `what` is a kind of work.
+
+    On a terminal a bar for each kind, gone at the end. Where the output is piped, a plain line when
+    a kind of work starts, at least every 30 seconds while it moves, and one at its end.
+    """
+    if not console.is_interactive:
+        yield _Lines(console, clock).tell
+        return
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
         tasks: dict[str, Any] = {}
 
@@ -58,54 +143,100 @@ def bar(console: Console) -> Iterator[Callable[[int, int, str], None]]:
 
 
 class _Live(Progress):
-    """The bar, and below it lines as long as they need to be: what stands in the bar's columns is cut to the terminal's width."""
+    """The bar, and below it lines as long as they need to be.
+
+    What stands in the bar's own columns is cut to the terminal's width.
+    """
 
     below = ""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
         if self.below:
-            yield Text(self.below, style="dim", no_wrap=False, overflow="fold")  # also where messages are not wrapped
+            yield Text(self.below, style="dim", overflow="fold")
 
 
 class Display:
-    """Live view of one training or several: bar, ETA, data-wait share, memory, every loss term.
+    """View of one training or several: ETA, data-wait share, memory, every loss term.
 
-    `work` is the total in the units of `train.cost`, so that cheap and costly runs share one honest ETA.
+    A context manager. On a terminal a live bar; where the output is piped, a plain line at the
+    first iteration, at least every 30 seconds, and at the last one.
+
+    Args:
+        work: total in the units of `System.cost`, so that cheap and costly runs share one ETA.
+        clock: seconds.
     """
 
-    def __init__(self, console: Console, work: float) -> None:
-        self.progress = _Live(TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[note]}"), console=console)
-        self.task = self.progress.add_task("starting", total=work, note="")
-        self.work, self.done, self.waited, self.worked = work, 0.0, 0.0, 0.0
+    def __init__(
+        self, console: Console, work: float, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.console, self.work, self.clock = console, work, clock
+        self.done = self.waited = self.worked = 0.0
         self.begin: float | None = None
+        self.name, self.pace = "", _Pace(clock)
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(20),
+            TextColumn("{task.percentage:.0f}%"),
+        )
+        self.live = _Live(*columns, console=console)
+        self.task = self.live.add_task("starting", total=work)
 
-    def step(self, name: str, event: train.Step, units: float, memory: int) -> None:
-        now = time.perf_counter()
+    def __enter__(self) -> Display:
+        if self.console.is_interactive:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.console.is_interactive:
+            self.live.stop()
+
+    def step(self, name: str, event: train.Step, steps: int, units: float, memory: int) -> None:
+        """Show one iteration of `steps`, which was `units` of work; memory in bytes."""
+        now = self.clock()
         if self.begin is None:
             self.begin = now - event.seconds
         self.done += units
         self.waited += event.seconds * event.waited
         self.worked += event.seconds
-        eta = int((now - self.begin) / self.done * max(self.work - self.done, 0))
-        terms = " ".join(f"{k} {v:.2f}" for k, v in event.terms.items())
-        self.progress.below = (
-            f"  {event.seconds * 1e3:.0f} ms, data wait {self.waited / self.worked:.0%}, {memory / 2**30:.1f} GiB: {terms}"
+        left = (now - self.begin) / self.done * max(self.work - self.done, 0)
+        eta = f"ETA {duration(left)}"
+        speed = (
+            f"{event.seconds * 1e3:.0f} ms, data wait {self.waited / max(self.worked, 1e-9):.0%}, "
+            f"{memory / 2**30:.1f} GiB"
         )
-        note = f"{event.iteration} | ETA {eta // 60}:{eta % 60:02d}"
-        self.progress.update(self.task, description=name, completed=self.done, note=note)
+        terms = " ".join(f"{term} {value:.2f}" for term, value in event.terms.items())
+        if self.console.is_interactive:
+            self.live.below = f"  {event.iteration}/{steps}, {eta}, {speed}: {terms}"
+            self.live.update(self.task, description=name, completed=self.done)
+            return
+        if name != self.name:
+            self.name, self.pace = name, _Pace(self.clock)
+        if self.pace.due() or event.iteration == steps:
+            line = f"{name}: iteration {event.iteration} of {steps}, {eta}, {speed}: {terms}"
+            self.console.print(line, soft_wrap=True)
 
     def validated(self, name: str, score: Score, best: bool, units: float) -> None:
+        """Show a validation, which was `units` of work."""
         self.done += units
-        miou = ", ".join(f"{h} {v:.1%}" for h, v in score.miou.items())
-        line = f"  {name}: {score.checkpoint}, {score.domain} {score.split} ({score.frames} frames): mIoU {miou}"
-        self.progress.console.print(line + (" (best so far)" if best else ""), soft_wrap=True)
+        miou = ", ".join(f"{head} {value:.1%}" for head, value in score.miou.items())
+        line = (
+            f"  {name}: {score.checkpoint}, {score.domain} {score.split} "
+            f"({plural(score.frames, 'frame')}): mIoU {miou}"
+        )
+        self.console.print(line + (" (best so far)" if best else ""), soft_wrap=True)
 
 
 def drive(run: train.Run, name: str, display: Display, board: Any = None) -> None:
     """Train `run` to its end on `display`, and on a TensorBoard writer if there is one.
 
-    Ctrl-C and SIGTERM finish the iteration, save and raise `train.Interrupted`; a second one leaves at once.
+    Ctrl-C and SIGTERM finish the iteration, save and raise `train.Interrupted`; a second one leaves
+    at once.
     """
 
     def stop(signum: int, frame: Any) -> None:
@@ -114,16 +245,18 @@ def drive(run: train.Run, name: str, display: Display, board: Any = None) -> Non
         run.stop = True
 
     before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    units = train.cost(run.recipe)
+    steps, units = run.recipe.steps, run.system.cost(run.recipe)
+    if not display.console.is_interactive:  # a validation of minutes must not be silent
+        run.progress = _Lines(display.console, display.clock).tell
     try:
         for event in train.fit(run):
             if isinstance(event, train.Step):
-                display.step(name, event, units, train.peak_memory(run.device))
-                scalars = {f"loss/{k}": v for k, v in event.terms.items()}
+                display.step(name, event, steps, units, machine.peak_memory(run.device))
+                scalars = {f"loss/{term}": value for term, value in event.terms.items()}
             else:
                 best = run.best is not None and run.best["iteration"] == run.iteration
                 display.validated(name, event, best, event.frames)
-                scalars = {f"val/{k}": v for k, v in event.miou.items()}
+                scalars = {f"val/{head}": value for head, value in event.miou.items()}
             if board is not None:
                 for key, value in scalars.items():
                     board.add_scalar(key, value, run.iteration)
@@ -132,61 +265,160 @@ def drive(run: train.Run, name: str, display: Display, board: Any = None) -> Non
             signal.signal(s, handler)
 
 
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+    """Text columns, then columns of numbers. What is too long for the terminal goes on below."""
+    table = Table(title=title, title_justify="left")
+    for name in left:
+        table.add_column(name, overflow="fold")
+    for name in right:
+        table.add_column(name, overflow="fold", justify="right")
+    return table
+
+
 def score_table(score: Score, method: str) -> Table:
-    """IoU per class and mIoU of one evaluation, in percent."""
-    table = Table(
-        title=f"{method}, {score.checkpoint}, on {score.domain} {score.split}: {score.frames} frames, "
-        f"{score.points:,} labelled points"
-        + (f" ({score.outside:,} POINTS OUTSIDE THE VOXEL GRID LEFT OUT)" if score.outside else "")
-        + "; IoU in percent",
-        title_justify="left",
+    """IoU of each class and mIoU of one evaluation, in percent, for every head that it has."""
+    outside = (
+        f" ({score.outside:,} POINTS OUTSIDE THE VOXEL GRID LEFT OUT)" if score.outside else ""
     )
-    table.add_column("class")
-    for head in HEADS:
-        table.add_column(head.upper(), justify="right")
-    for name in score.iou["2d"]:
+    title = (
+        f"{method}, {score.checkpoint}, on {score.domain} {score.split}: "
+        f"{plural(score.frames, 'frame')}, {score.points:,} labelled points{outside}; "
+        "IoU in percent"
+    )
+    heads = list(score.miou)
+    table = _table(title, ["class"], [head.upper() for head in heads])
+    for name in next(iter(score.iou.values())):
         absent = " (no labelled point: counts as 0)" if name in score.absent else ""
-        values = [score.iou[head][name] for head in HEADS]
+        values = [score.iou[head][name] for head in heads]
         table.add_row(name + absent, *("-" if v is None else f"{100 * v:.1f}" for v in values))
     table.add_section()
-    table.add_row("mIoU", *(f"{100 * score.miou[head]:.1f}" for head in HEADS))
+    table.add_row("mIoU", *(f"{100 * score.miou[head]:.1f}" for head in heads))
     return table
 
 
-def compare_table(rows: list[dict[str, Any]], title: str) -> Table:
-    """mIoU of each method in percent, mean and sample standard deviation over its seeds."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("method")
-    for head in HEADS:
-        table.add_column(head.upper(), justify="right")
+def compare_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
+    """mIoU of each method in percent: mean and sample standard deviation over its seeds.
+
+    Args:
+        rows: one a run, with "method" and "miou" (fraction by head). A method need not have every
+            head of the others.
+    """
+    heads = list(dict.fromkeys(head for row in rows for head in row["miou"]))
+    table = _table(title, ["method"], [head.upper() for head in heads])
     for method in dict.fromkeys(row["method"] for row in rows):
-        cells = []
-        for head in HEADS:
-            values = [100 * row["miou"][head] for row in rows if row["method"] == method]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}")
-        table.add_row(method, *cells)
+        runs = [row["miou"] for row in rows if row["method"] == method]
+        table.add_row(method, *(_mean([100 * r[h] for r in runs if h in r]) for h in heads))
     return table
+
+
+def _mean(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
 
 
 def pseudo_table(meta: dict[str, Any], title: str) -> Table:
-    """Threshold, kept and predicted points of each class, from a pseudo-label file's metadata."""
-    table = Table(title=title, title_justify="left")
-    for column in ("class", "2D threshold", "2D kept", "of", "3D threshold", "3D kept", "of"):
-        table.add_column(column, justify="left" if column == "class" else "right")
+    """Threshold, kept and predicted points of each class and head, from a pseudo-label file."""
+    table = _table(title, ["class", "head"], ["threshold", "kept", "predicted", "share"])
+    heads = list(meta["thresholds"])
     for c, name in enumerate(meta["class_names"]):
-        cells = [name]
-        for m in ("2d", "3d"):
-            cells += [f"{meta[f'thresholds_{m}'][c]:.3f}", f"{meta[f'kept_{m}'][c]:,}", f"{meta[f'predicted_{m}'][c]:,}"]
-        table.add_row(*cells)
+        for head in heads:
+            threshold = meta["thresholds"][head][c]
+            kept, predicted = meta["kept"][head][c], meta["predicted"][head][c]
+            share = f"{kept / predicted:.0%}" if predicted else "-"
+            shown = name if head == heads[0] else ""
+            table.add_row(
+                shown, head.upper(), f"{threshold:.3f}", f"{kept:,}", f"{predicted:,}", share
+            )
     return table
 
 
-def plain_table(rows: list[dict[str, Any]], title: str) -> Table:
+def plain_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     """Rows with equal keys; floats in three digits, None blank, text left-aligned."""
     table = Table(title=title, title_justify="left")
     for key, value in rows[0].items():
-        table.add_column(key, justify="left" if isinstance(value, str) else "right", overflow="fold")
+        justify: Any = "left" if isinstance(value, str) else "right"
+        table.add_column(key, justify=justify, overflow="fold")
     for row in rows:
-        table.add_row(*("" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
+        table.add_row(*(_cell(value) for value in row.values()))
     return table
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+# ---- recipes -------------------------------------------------------------------------------------
+
+
+def recipes_table(recipes: Sequence[Recipe], title: str, width: int = 80) -> RenderableType:
+    """The settings in which the methods of one scenario differ; of a single recipe, all settings.
+
+    A row is a setting, a column a method. Methods that do not fit beside each other in `width`
+    columns of text follow in further tables.
+    """
+    note = Text("in parentheses: fixed, or not read by this method; --set refuses it", "dim")
+    if len(recipes) == 1:
+        [recipe] = recipes
+        table = _table(title, ["setting", recipe.method], [])
+        for name in _settings(recipe):
+            table.add_row(name, _setting(recipe, name))
+        return Group(table, note)
+
+    names = [
+        name
+        for name in dict.fromkeys(name for recipe in recipes for name in _settings(recipe))
+        if len({repr(getattr(recipe, name, None)) for recipe in recipes}) > 1
+    ]
+    columns = []
+    for recipe in recipes:
+        heading = recipe.method.replace("-", "-\n")
+        columns.append([heading, *(_setting(recipe, name, digits=3) for name in names)])
+    widths = [
+        max(len(word) for text in column for word in [*text.split(), ""]) for column in columns
+    ]
+    first = max(len(name) for name in [*names, "setting"])
+
+    groups: list[list[int]] = []
+    room = 0
+    for i, needed in enumerate(widths):
+        if not groups or room < needed + 3:  # 3 for a column's frame
+            groups.append([])
+            room = width - first - 4
+        groups[-1].append(i)
+        room -= needed + 3
+    tables: list[Table] = []
+    for group in groups:
+        table = Table(title=None if tables else title, title_justify="left")
+        table.add_column("setting", width=first)
+        for i in group:
+            table.add_column(columns[i][0], width=widths[i])
+        for row, name in enumerate(names, 1):
+            table.add_row(name, *(columns[i][row] for i in group))
+        tables.append(table)
+    return Group(*tables, note)
+
+
+def _settings(recipe: Recipe) -> list[str]:
+    fields = [field.name for field in dataclasses.fields(recipe)]
+    return [name for name in fields if name not in ("scenario", "method")]
+
+
+def _setting(recipe: Recipe, name: str, digits: int = 17) -> str:
+    """A setting as `--set` takes it, in parentheses where it refuses it; "" where there is none.
+
+    The decimals of long lists can be rounded to so many digits.
+    """
+    value = getattr(recipe, name, "")
+    if isinstance(value, tuple):
+        rounded = [round(v, digits) if isinstance(v, float) else v for v in value]
+        text = ", ".join(map(str, rounded)) or "none"  # can go on in the next line
+    else:
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+    return f"({text})" if name in recipe.unread() else text

@@ -1,8 +1,10 @@
 """Sparse 3D convolution: voxel pyramids, their kernel maps, and the operations on them.
 
-Everything else imports from here and need not know which implementation runs: Triton on a GPU (`hash.py` builds the maps,
-`gemm.py` multiplies, `norm.py` normalises), plain PyTorch on a CPU (`maps.py`, `reference.py`). Both give the same voxels in
-the same order and the same pairs. `FTD_KERNELS=torch|triton` overrides the choice; `backend()` says what runs and why.
+`naive.py` says what they are and is the file to read first. Everything outside imports from here
+and need not know which implementation runs: Triton on a GPU (`hash.py` builds the maps, `gemm.py`
+multiplies, `norm.py` normalises), plain PyTorch on a CPU (`maps.py`, `reference.py`). Both give the
+same voxels in the same order and the same pairs. `FTD_KERNELS=torch|triton` overrides the choice;
+`backend()` says which one runs and why.
 """
 
 from __future__ import annotations
@@ -44,12 +46,15 @@ class KernelError(ValueError):
 def _eager(f: Callable[P, R]) -> Callable[P, R]:
     """Under torch.compile, f runs between the compiled pieces: its maps change with every batch.
 
-    That is what the decorator torch.compiler.disable does; importing what it needs takes a second, so only who compiles pays.
+    The decorator torch.compiler.disable does the same, but what it imports takes a second. Here
+    only a process that compiles imports it.
     """
 
     @functools.wraps(f)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        return torch.compiler.disable(f)(*args, **kwargs) if torch.compiler.is_compiling() else f(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(f)(*args, **kwargs)
+        return f(*args, **kwargs)
 
     return call
 
@@ -63,21 +68,22 @@ def backend(device: str | torch.device) -> tuple[str, str]:
     """Name of the implementation for a device, torch or triton, and the reason in words.
 
     Raises:
-        KernelError: FTD_KERNELS asks for what is unknown or cannot run here.
+        KernelError: FTD_KERNELS asks for an implementation that is unknown or cannot run here.
     """
     device = torch.device(device).type
     wish = os.environ.get("FTD_KERNELS", "")
     present = importlib.util.find_spec("triton") is not None
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")  # Triton builds its launchers with it
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    # Triton compiles its launchers with a C compiler.
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if wish not in ("", "torch", "triton"):
         raise KernelError(f"FTD_KERNELS={wish}: expected torch or triton, or leave it unset")
     if wish == "triton" and not present:
         raise KernelError("FTD_KERNELS=triton, but triton cannot be found: pip install triton")
     if wish == "triton" and device == "cpu" and not interpreted:
         raise KernelError(
-            "FTD_KERNELS=triton on a CPU needs Triton's interpreter: set TRITON_INTERPRET=1 as well (slow, for tests), "
-            "or leave FTD_KERNELS unset"
+            "FTD_KERNELS=triton on a CPU needs Triton's interpreter: set TRITON_INTERPRET=1 as "
+            "well (slow, for tests), or leave FTD_KERNELS unset"
         )
     if wish:
         return wish, f"FTD_KERNELS={wish}"
@@ -86,24 +92,30 @@ def backend(device: str | torch.device) -> tuple[str, str]:
     if device == "cuda":
         missing = "a C compiler (gcc or clang)" if present else "triton (pip install triton)"
         return "torch", f"{missing} is missing, which the faster kernels need"
-    pooling = "native torch (torch-scatter cannot be imported)" if reference.segment_csr is None else "torch-scatter"
+    pooling = "torch-scatter"
+    if reference.segment_csr is None:
+        pooling = "native torch (torch-scatter cannot be imported)"
     return "torch", f"plain PyTorch on a CPU; point pooling: {pooling}"
 
 
 @_eager
 def pyramid(coords: Tensor, levels: int = 7, count: Tensor | None = None) -> Pyramid:
-    """The maps of a sparse U-Net over points (N, 4) b, x, y, z, built by the implementation for their device.
+    """The maps of a sparse U-Net, built by the implementation for the device of the points.
 
     Args:
-        count: () int64 on the device: only the first `count` rows are points. For CUDA graphs, which replay fixed sizes; see
-            `kernels.hash`.
+        coords: (N, 4) integer points b, x, y, z. levels: number of resolutions.
+        count: () int64 on the device: only the first `count` rows are points. For CUDA graphs,
+            which replay fixed sizes; see `hash.py`.
     Raises:
         KernelError: `count` where plain PyTorch runs, which has no use for it.
     """
     name, why = backend(coords.device)
     if name == "torch":
         if count is not None:
-            raise KernelError(f"padded maps are Triton's, and plain PyTorch runs here ({why}): pass the points alone")
+            raise KernelError(
+                f"padded maps are Triton's, and plain PyTorch runs here ({why}): "
+                "pass the points alone"
+            )
         return Pyramid(coords, levels)
     from ftdpp.kernels.hash import HashPyramid  # imports triton
 
@@ -112,19 +124,22 @@ def pyramid(coords: Tensor, levels: int = 7, count: Tensor | None = None) -> Pyr
 
 @_eager
 def sparse_conv(x: Tensor, weight: Tensor, kmap: KernelMap) -> Tensor:
-    """Sparse convolution `y[o] = sum over the pairs (i, o) of offset k: x[i] @ weight[k]`, on the map of either pyramid.
+    """Sparse convolution: `y[o] = sum of x[i] @ weight[k]` over the pairs (i, o) of every offset k.
 
     Args:
-        x: (N_in, Cin). weight: (K, Cin, Cout). kmap: of `Pyramid.same`, `.down` or `.down[l].transposed`.
+        x: (N_in, Cin). weight: (K, Cin, Cout).
+        kmap: of either pyramid: one of `same` or `down`, or `down[l].transposed`.
     Returns:
-        (N_out, Cout). Under autocast Triton computes in its dtype; plain PyTorch stays in fp32, which is faster on a CPU.
+        (N_out, Cout). Under autocast Triton computes in autocast's dtype; plain PyTorch stays in
+        fp32, which is faster on a CPU.
     Raises:
-        ValueError: the shapes do not fit the map, or Triton is asked for dtypes that differ or are not fp32, fp16 or bf16.
+        ValueError: the shapes do not fit the map; or, with Triton, dtypes that differ or are not
+            fp32, fp16 or bf16.
     """
     if x.shape != (kmap.n_in, weight.shape[1]) or len(weight) != kmap.offsets:
         raise ValueError(
-            f"sparse_conv: input {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit a map of "
-            f"{kmap.n_in} input voxels and {kmap.offsets} offsets"
+            f"sparse_conv: input {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit a "
+            f"map of {kmap.n_in} input voxels and {kmap.offsets} offsets"
         )
     if isinstance(kmap, KernelMap):
         return reference.sparse_conv(x, weight, kmap)
@@ -135,7 +150,13 @@ def sparse_conv(x: Tensor, weight: Tensor, kmap: KernelMap) -> Tensor:
 
 @_eager
 def batch_norm_relu(
-    x: Tensor, weight: Tensor, bias: Tensor, live: Tensor, running: tuple[Tensor, Tensor, Tensor], momentum: float, eps: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    live: Tensor,
+    running: tuple[Tensor, Tensor, Tensor],
+    momentum: float,
+    eps: float,
 ) -> Tensor:
     """`norm.batch_norm_relu`: BatchNorm and ReLU over the voxels of Triton's maps, in training."""
     from ftdpp.kernels import norm

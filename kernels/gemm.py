@@ -1,11 +1,12 @@
-"""Sparse convolution in two Triton kernels: a gather-GEMM for the output and the input gradient, and the weight gradient.
+"""Sparse convolution in two Triton kernels: a gather-GEMM and the weight gradient.
 
     y[o]  = sum over offsets k of x[idx[k, o]] @ w[k]            gather_gemm
     dx[i] = the same with w[k] transposed on the map backwards   gather_gemm
     dw[k] = sum over the pairs (i, o) of k of x[i]^T dy[o]       weight_gradient
 
-Storage is fp32, fp16 or bf16, sums are fp32. Each output is written by one program in one order of addition, so results
-repeat to the bit. fp32 products use tf32 where `torch.set_float32_matmul_precision` allows it, as torch.mm does.
+Storage is fp32, fp16 or bf16; sums are fp32. One program writes each output, in one order of
+addition, so results repeat to the bit. fp32 products use tf32 where
+`torch.set_float32_matmul_precision` allows it, as torch.mm does.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from torch import Tensor
 from ftdpp.kernels.hash import ANY_PLACE, SlotMap
 
 ANY_SIZE = ["count", "columns", "flip", "splits"]
-# An index is fetched, then the row it names, then they are multiplied: with 5 stages two rows are on their way, with 3 or 4 one.
+# An index is fetched, then the row it names, then both are multiplied. With 5 stages two rows are
+# on their way at a time, with 3 or 4 one.
 STAGES = 5
-FUSION = {"enable_fp_fusion": True}  # a product and a sum in one instruction; Triton 3.9 warns when this is left open
+# A product and a sum in one instruction. Triton 3.9 warns when this is left open.
+FUSION = {"enable_fp_fusion": True}
 
 
 @triton.jit
@@ -45,12 +48,14 @@ def gather_gemm(
 ):  # fmt: skip
     """`y[row[p]] = sum over k of x[idx[k, p]] @ w[|flip - k|]` for the slots p < count.
 
-    x (N_in, cin), y (N_out, cout), one dtype; w by its strides wk, wi, wo, so a transposed view serves the input gradient,
-    and flip = K - 1 runs the offsets backwards; idx (K, columns) int32, row and mask int32. Grid: (count / BM, cout / BO).
-    2 cin cout FLOP a pair; a row of x and of y is cin or cout numbers, w stays in the cache.
+    x (N_in, cin), y (N_out, cout), one dtype; w by its strides wk, wi, wo, so that a transposed
+    view serves the input gradient; flip = K - 1 runs the offsets backwards; idx (K, columns) int32;
+    row and mask (count,) int32.
+    Grid: (count / BM, cout / BO). FLOP: 2 cin cout a pair. Bytes: a row of x and of y is cin or
+    cout numbers; w stays in the cache.
 
-    A block walks the offsets that any of its slots has, in one counted loop: a branch around the loads would keep the
-    compiler from fetching the next rows while it multiplies these.
+    A block walks the offsets that any of its slots has, in one counted loop. A branch around the
+    loads would keep the compiler from fetching the next rows while it multiplies these.
     """
     p = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     live = p < count
@@ -61,18 +66,23 @@ def gather_gemm(
     acc = tl.zeros((BM, BO), tl.float32)
     chunk = 0
     for _ in range(_count_bits(left) * chunks):
-        k = ((left & -left).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127  # lowest bit, from a float's exponent
+        # The number of the lowest bit, from the exponent of a float.
+        k = ((left & -left).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
         c = chunk * BK + tl.arange(0, BK)
         in_c = c < cin
         i = tl.load(idx + k.to(tl.int64) * columns + p, mask=live, other=-1).to(tl.int64)
-        a = tl.load(x + i[:, None] * cin + c[None, :], mask=(i >= 0)[:, None] & in_c[None, :], other=0.0)
-        b = tl.load(w + tl.abs(flip - k) * wk + c[:, None] * wi + o[None, :] * wo, mask=in_c[:, None] & in_o[None, :], other=0.0)
+        a = tl.load(
+            x + i[:, None] * cin + c[None, :], mask=(i >= 0)[:, None] & in_c[None, :], other=0.0
+        )
+        matrix = w + tl.abs(flip - k) * wk + c[:, None] * wi + o[None, :] * wo
+        b = tl.load(matrix, mask=in_c[:, None] & in_o[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
         chunk += 1
         left = tl.where(chunk == chunks, left & (left - 1), left)
         chunk = tl.where(chunk == chunks, 0, chunk)
     out = tl.load(row + p, mask=live, other=0).to(tl.int64)
-    tl.store(y + out[:, None] * cout + o[None, :], acc.to(y.dtype.element_ty), mask=live[:, None] & in_o[None, :])
+    cells = y + out[:, None] * cout + o[None, :]
+    tl.store(cells, acc.to(y.dtype.element_ty), mask=live[:, None] & in_o[None, :])
 
 
 @triton.jit(do_not_specialize=ANY_SIZE, do_not_specialize_on_alignment=ANY_PLACE)
@@ -80,10 +90,14 @@ def weight_gradient(
     x, dy, part, pair_in, pair_out, first, last, cin, cout, splits,
     BP: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`part[s, k] = sum of x[pair_in[j]]^T dy[pair_out[j]]` over the s-th share of the pairs first[k] <= j < last[k].
+    """`part[s, k] = sum of x[pair_in[j]]^T dy[pair_out[j]]` over share s of the pairs of k.
 
-    x (N_in, cin), dy (N_out, cout), one dtype; part (splits, K, cin, cout) fp32; pairs int32, first and last (K,) int64.
-    Grid: (K, splits, cin / BI * cout / BO). 2 cin cout FLOP and a row of x and of dy a pair.
+    The pairs of offset k are first[k] <= j < last[k].
+
+    x (N_in, cin), dy (N_out, cout), one dtype; part (splits, K, cin, cout) fp32; pair_in, pair_out
+    int32; first, last (K,) int64.
+    Grid: (K, splits, cin / BI * cout / BO). FLOP: 2 cin cout a pair. Bytes: a row of x and of dy a
+    pair.
     """
     k, s = tl.program_id(0), tl.program_id(1)
     across = tl.cdiv(cout, BO)
@@ -100,26 +114,33 @@ def weight_gradient(
         live = j < end
         i = tl.load(pair_in + j, mask=live, other=0).to(tl.int64)
         q = tl.load(pair_out + j, mask=live, other=0).to(tl.int64)
-        a = tl.load(x + i[None, :] * cin + ci[:, None], mask=live[None, :] & in_i[:, None], other=0.0)
-        b = tl.load(dy + q[:, None] * cout + co[None, :], mask=live[:, None] & in_o[None, :], other=0.0)
+        rows_in = x + i[None, :] * cin + ci[:, None]
+        a = tl.load(rows_in, mask=live[None, :] & in_i[:, None], other=0.0)
+        rows_out = dy + q[:, None] * cout + co[None, :]
+        b = tl.load(rows_out, mask=live[:, None] & in_o[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     to = part + ((s * tl.num_programs(0) + k).to(tl.int64) * cin + ci[:, None]) * cout + co[None, :]
     tl.store(to, acc, mask=in_i[:, None] & in_o[None, :])
 
 
 def _side(channels: int) -> int:
-    """Side of a tile across a number of channels. A table of the shape, never of the number of voxels, which always changes."""
+    """Side of a tile across a number of channels.
+
+    A table of the shape, never of the number of voxels, which changes with every batch.
+    """
     return 16 if channels <= 16 else 32 if channels <= 32 or channels % 64 == 32 else 64
 
 
 def gemm_blocks(cin: int, cout: int) -> dict[str, int]:
     """Tile sizes and pipeline of `gather_gemm`."""
-    return {"BM": 64, "BK": min(_side(cin), 32), "BO": _side(cout), "num_warps": 4, "num_stages": STAGES, **FUSION}
+    tile = {"BM": 64, "BK": min(_side(cin), 32), "BO": _side(cout)}
+    return {**tile, "num_warps": 4, "num_stages": STAGES, **FUSION}
 
 
 def gradient_blocks(cin: int, cout: int) -> dict[str, int]:
     """Tile sizes and pipeline of `weight_gradient`."""
-    return {"BP": 32, "BI": _side(cin), "BO": _side(cout), "num_warps": 4, "num_stages": STAGES, **FUSION}
+    tile = {"BP": 32, "BI": _side(cin), "BO": _side(cout)}
+    return {**tile, "num_warps": 4, "num_stages": STAGES, **FUSION}
 
 
 def _precision() -> str:
@@ -131,22 +152,24 @@ def _convolve(x: Tensor, weight: Tensor, m: SlotMap, flip: int) -> Tensor:
     if m.n_out:
         blocks = gemm_blocks(*weight.shape[1:])
         grid = (triton.cdiv(m.n_out, blocks["BM"]), triton.cdiv(weight.shape[2], blocks["BO"]))
+        sizes = *weight.shape[1:], *weight.stride(), m.n_out, m.idx.stride(0), flip
         gather_gemm[grid](
-            x, weight, y, m.idx, m.row, m.mask, *weight.shape[1:], *weight.stride(), m.n_out, m.idx.stride(0), flip,
-            PRECISION=_precision(), **blocks,
-        )  # fmt: skip
+            x, weight, y, m.idx, m.row, m.mask, *sizes, PRECISION=_precision(), **blocks
+        )
     return y
 
 
 def _gradient(x: Tensor, grad: Tensor, m: SlotMap, offsets: int) -> Tensor:
     cin, cout = x.shape[1], grad.shape[1]
     blocks = gradient_blocks(cin, cout)
-    # Of the sizes alone, so that the order of addition is fixed; wide layers, which padded maps make no smaller, get fewer.
+    # A function of the sizes alone, so that the order of addition is fixed. Wide layers get fewer
+    # shares: their partial sums are large, and padded maps make them no smaller.
     splits = min(max(m.n_out // 1024, 1), 32, max(65536 // (cin * cout), 1))
     part = torch.empty(splits, offsets, cin, cout, device=x.device)
     tiles = triton.cdiv(cin, blocks["BI"]) * triton.cdiv(cout, blocks["BO"])
+    pairs = m.pair_in, m.pair_out, m.first, m.last
     weight_gradient[(offsets, splits, tiles)](
-        x, grad, part, m.pair_in, m.pair_out, m.first, m.last, cin, cout, splits, PRECISION=_precision(), **blocks
+        x, grad, part, *pairs, cin, cout, splits, PRECISION=_precision(), **blocks
     )
     return part[0] if splits == 1 else part.sum(0)
 
@@ -181,5 +204,8 @@ def sparse_conv(x: Tensor, weight: Tensor, m: SlotMap) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
     if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"sparse_conv: input {x.dtype} and weight {weight.dtype}; expected fp32, fp16 or bf16, both the same")
+        raise ValueError(
+            f"sparse_conv: input {x.dtype} and weight {weight.dtype}; "
+            "expected fp32, fp16 or bf16, both the same"
+        )
     return _SparseConv.apply(x, weight, m)

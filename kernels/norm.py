@@ -1,14 +1,20 @@
 """BatchNorm and ReLU over voxels in two Triton kernels each way, where PyTorch takes four or five.
 
-    z = (x - mean) / sqrt(var + eps) * weight + bias,   y = max(z, 0)
-    dz = dy where y > 0,   db = sum dz,   dw = sum dz x^,   dx = weight / sqrt(var + eps) * (dz - (db + x^ dw) / n)
+    z = (x - mean) / sqrt(var + eps) * weight + bias
+    y = max(z, 0)
+    dz = dy where y > 0
+    db = sum dz
+    dw = sum dz x^
+    dx = weight / sqrt(var + eps) * (dz - (db + x^ dw) / n)
 
-with x^ = (x - mean) / sqrt(var + eps) and sums over the n rows that are voxels; n is read on the GPU, so that padded maps need no
-word from the host. The first kernel of each pair sums shares of the rows, and every program of the second adds the shares up
-once more for itself: cheaper than a third launch, and in one order, so results repeat to the bit.
+with x^ = (x - mean) / sqrt(var + eps) and sums over the n rows that are voxels. n is read on the
+GPU, so that padded maps need no word from the host. The first kernel of each pair sums shares of
+the rows. Every program of the second adds the shares up for itself: cheaper than a third launch,
+and in one order, so that results repeat to the bit.
 
-Applying scale and shift inside the GEMM instead would save writing and reading y once, 8 MB a layer at 30,000 voxels and 32
-channels, which the GPU's cache holds; but not a launch, since the statistics still have to be complete first.
+Applying scale and shift inside the GEMM instead would save writing and reading y once (8 MB a layer
+at 30,000 voxels and 32 channels, which the GPU's cache holds), but not a launch, since the
+statistics have to be complete first.
 """
 
 from __future__ import annotations
@@ -27,12 +33,16 @@ ANY_SIZE = ["share", "shares"]
 
 
 @triton.jit(do_not_specialize=ANY_SIZE)
-def sum_rows(x, y, dy, stat, part, live, channels, share, BACK: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
-    """Two sums over each `share` of the rows that are voxels: part (2, shares, channels) fp32. Grid: (shares, channels / BC).
+def sum_rows(
+    x, y, dy, stat, part, live, channels, share,
+    BACK: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Two sums over each `share` of the rows that are voxels: part (2, shares, channels) fp32.
 
-    Forward: the mean of x, and the squares of the deviations from it (y, dy, stat unused). BACK: dz, and dz x^, where stat
-    (2, channels) holds mean and 1 / sqrt(var + eps). Bytes: x, in BACK y and dy too; forward reads its share twice, the second
-    time from the cache.
+    Forward: the mean of x, and the squares of the deviations from it (y, dy, stat unused).
+    BACK: dz, and dz x^, where stat (2, channels) holds mean and 1 / sqrt(var + eps).
+    Grid: (shares, channels / BC). Bytes: x, in BACK y and dy too. Forward reads its share twice,
+    the second time from the cache.
     """
     s, n = tl.program_id(0), tl.load(live)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -51,18 +61,21 @@ def sum_rows(x, y, dy, stat, part, live, channels, share, BACK: tl.constexpr, BR
             positive = tl.load(y + cell, mask=there, other=0.0) > 0
             dz = tl.where(positive, tl.load(dy + cell, mask=there, other=0.0).to(tl.float32), 0.0)
             first += dz
-            second += dz * ((tl.load(x + cell, mask=there, other=0.0).to(tl.float32) - mean[None, :]) * rstd[None, :])
+            d = tl.load(x + cell, mask=there, other=0.0).to(tl.float32) - mean[None, :]
+            second += dz * (d * rstd[None, :])
         one = tl.sum(first, 0)
     else:
         for at in range(begin, end, BR):
             r = at + tl.arange(0, BR)
             there = (r < end)[:, None] & in_c[None, :]
-            first += tl.load(x + r[:, None] * channels + c[None, :], mask=there, other=0.0).to(tl.float32)
+            cell = r[:, None] * channels + c[None, :]
+            first += tl.load(x + cell, mask=there, other=0.0).to(tl.float32)
         one = tl.sum(first, 0) / tl.maximum(end - begin, 1).to(tl.float32)
         for at in range(begin, end, BR):
             r = at + tl.arange(0, BR)
             there = (r < end)[:, None] & in_c[None, :]
-            d = tl.load(x + r[:, None] * channels + c[None, :], mask=there, other=0.0).to(tl.float32) - one[None, :]
+            cell = r[:, None] * channels + c[None, :]
+            d = tl.load(x + cell, mask=there, other=0.0).to(tl.float32) - one[None, :]
             second += tl.where(there, d * d, 0.0)
     to = part + s * channels + c
     tl.store(to, one, mask=in_c)
@@ -71,28 +84,35 @@ def sum_rows(x, y, dy, stat, part, live, channels, share, BACK: tl.constexpr, BR
 
 @triton.jit
 def _read_sums(part, c, in_c, channels, shares, SHARES: tl.constexpr):
-    """The two sums of every share for the channels c: (SHARES, BC) each, 0 where there are fewer shares."""
+    """The two sums of every share for the channels c: (SHARES, BC) each, 0 behind the last."""
     s = tl.arange(0, SHARES)[:, None]
     cell = part + s * channels + c[None, :]
     there = (s < shares) & in_c[None, :]
-    return tl.load(cell, mask=there, other=0.0), tl.load(cell + shares * channels, mask=there, other=0.0)
+    one = tl.load(cell, mask=there, other=0.0)
+    two = tl.load(cell + shares * channels, mask=there, other=0.0)
+    return one, two
 
 
 @triton.jit(do_not_specialize=[*ANY_SIZE, "rows"])
 def normalise(
     x, y, part, stat, live, weight, bias, running_mean, running_var, batches,
-    rows, channels, share, shares, momentum, eps, SHARES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    rows, channels, share, shares, momentum, eps,
+    SHARES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """y from the sums of `sum_rows`, 0 in the rows that are no voxels. Grid: (rows / BR, channels / BC). Bytes: x and y once.
+    """y from the sums of `sum_rows`, 0 in the rows that are no voxels.
 
-    The first programs keep mean and 1 / sqrt(var + eps) in stat (2, channels) and move the running statistics: var there is the
-    unbiased one, and fewer than two voxels, which have none, are normalised by the running statistics and leave them alone.
+    Grid: (rows / BR, channels / BC). Bytes: x and y once.
+
+    The first programs store mean and 1 / sqrt(var + eps) in stat (2, channels) and move the running
+    statistics, with the unbiased variance. Fewer than two voxels have none: they are normalised by
+    the running statistics and leave them alone.
     """
     n = tl.load(live)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     in_c = c < channels
     means, squares = _read_sums(part, c, in_c, channels, shares, SHARES)
-    count = tl.minimum(tl.maximum(n - tl.arange(0, SHARES) * share, 0), share).to(tl.float32)[:, None]
+    count = tl.minimum(tl.maximum(n - tl.arange(0, SHARES) * share, 0), share)
+    count = count.to(tl.float32)[:, None]
     total = tl.maximum(n, 1).to(tl.float32)
     mean = tl.sum(means * count, 0) / total
     apart = means - mean[None, :]
@@ -114,7 +134,8 @@ def normalise(
     shift = tl.load(bias + c, mask=in_c, other=0.0)
     r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     cell = r[:, None] * channels + c[None, :]
-    z = tl.load(x + cell, mask=(r < n)[:, None] & in_c[None, :], other=0.0).to(tl.float32) - mean[None, :]
+    there = (r < n)[:, None] & in_c[None, :]
+    z = tl.load(x + cell, mask=there, other=0.0).to(tl.float32) - mean[None, :]
     z = z * scale[None, :] + shift[None, :]
     z = tl.where((z < 0) | (r >= n)[:, None], 0.0, z)  # not the maximum: NaN has to stay
     tl.store(y + cell, z.to(y.dtype.element_ty), mask=(r < rows)[:, None] & in_c[None, :])
@@ -125,7 +146,10 @@ def normalise_backward(
     x, y, dy, dx, part, stat, live, weight, dweight, dbias,
     rows, channels, shares, SHARES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """dx, dw and db from the sums of `sum_rows`. Grid: (rows / BR, channels / BC). Bytes: x, y, dy and dx once."""
+    """dx, dw and db from the sums of `sum_rows`.
+
+    Grid: (rows / BR, channels / BC). Bytes: x, y, dy and dx once.
+    """
     n = tl.load(live)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     in_c = c < channels
@@ -137,18 +161,20 @@ def normalise_backward(
     mean = tl.load(stat + c, mask=in_c, other=0.0)
     rstd = tl.load(stat + channels + c, mask=in_c, other=0.0)
     scale = rstd * tl.load(weight + c, mask=in_c, other=0.0)
-    depends = tl.where(n > 1, 1 / tl.maximum(n, 1).to(tl.float32), 0.0)  # running statistics do not depend on x
+    # Running statistics do not depend on x.
+    depends = tl.where(n > 1, 1 / tl.maximum(n, 1).to(tl.float32), 0.0)
     r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     cell = r[:, None] * channels + c[None, :]
     there = (r < n)[:, None] & in_c[None, :]
-    dz = tl.where(tl.load(y + cell, mask=there, other=0.0) > 0, tl.load(dy + cell, mask=there, other=0.0).to(tl.float32), 0.0)
+    positive = tl.load(y + cell, mask=there, other=0.0) > 0
+    dz = tl.where(positive, tl.load(dy + cell, mask=there, other=0.0).to(tl.float32), 0.0)
     xhat = (tl.load(x + cell, mask=there, other=0.0).to(tl.float32) - mean[None, :]) * rstd[None, :]
     d = tl.where(there, scale[None, :] * (dz - (db[None, :] + xhat * dw[None, :]) * depends), 0.0)
     tl.store(dx + cell, d.to(dx.dtype.element_ty), mask=(r < rows)[:, None] & in_c[None, :])
 
 
 def blocks(channels: int) -> dict[str, int]:
-    """Tile of all three kernels: as many channels as there are, up to 64, and 2048 numbers in all."""
+    """Tile of all the kernels: as many channels as there are, up to 64, and 2048 numbers in all."""
     side = 16 if channels <= 16 else 32 if channels <= 32 else 64
     return {"BR": 2048 // side, "BC": side, "num_warps": 4, **FUSION}
 
@@ -156,7 +182,14 @@ def blocks(channels: int) -> dict[str, int]:
 class _BatchNormReLU(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, live: Tensor, running: tuple[Tensor, ...], momentum: float, eps: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        live: Tensor,
+        running: tuple[Tensor, ...],
+        momentum: float,
+        eps: float,
     ) -> Tensor:
         x = x.contiguous()
         (rows, channels), tile = x.shape, blocks(x.shape[1])
@@ -166,7 +199,8 @@ class _BatchNormReLU(torch.autograd.Function):
         if rows:
             shares = triton.cdiv(rows, ctx.share)
             part = torch.empty(2, shares, channels, device=x.device)
-            sum_rows[(shares, across)](x, x, x, stat, part, live, channels, ctx.share, BACK=False, **tile)
+            arguments = x, x, x, stat, part, live, channels, ctx.share
+            sum_rows[(shares, across)](*arguments, BACK=False, **tile)
             normalise[(triton.cdiv(rows, tile["BR"]), across)](
                 x, y, part, stat, live, weight, bias, *running,
                 rows, channels, ctx.share, shares, momentum, eps, SHARES=SHARES, **tile,
@@ -184,21 +218,32 @@ class _BatchNormReLU(torch.autograd.Function):
         dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
         across, shares = triton.cdiv(channels, tile["BC"]), triton.cdiv(rows, ctx.share)
         part = torch.empty(2, shares, channels, device=x.device)
-        sum_rows[(shares, across)](x, y, dy, stat, part, live, channels, ctx.share, BACK=True, **tile)
+        arguments = x, y, dy, stat, part, live, channels, ctx.share
+        sum_rows[(shares, across)](*arguments, BACK=True, **tile)
         normalise_backward[(triton.cdiv(rows, tile["BR"]), across)](
-            x, y, dy, dx, part, stat, live, weight, dweight, dbias, rows, channels, shares, SHARES=SHARES, **tile
-        )
+            x, y, dy, dx, part, stat, live, weight, dweight, dbias,
+            rows, channels, shares, SHARES=SHARES, **tile,
+        )  # fmt: skip
         return dx, dweight, dbias, None, None, None, None
 
 
 def batch_norm_relu(
-    x: Tensor, weight: Tensor, bias: Tensor, live: Tensor, running: tuple[Tensor, Tensor, Tensor], momentum: float, eps: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    live: Tensor,
+    running: tuple[Tensor, Tensor, Tensor],
+    momentum: float,
+    eps: float,
 ) -> Tensor:
-    """`relu(batch_norm(x))` in training, over the first `live` rows of x; the rows behind them give 0 and take no gradient.
+    """`relu(batch_norm(x))` in training, over the first `live` rows of x.
+
+    The rows behind them give 0 and take no gradient.
 
     Args:
         x: (V, C) fp32, fp16 or bf16. weight, bias: (C,) fp32. live: () int64 on the device.
-        running: running mean (C,), running variance (C,) and number of batches () int64; all three are updated.
+        running: running mean (C,), running variance (C,) and number of batches () int64; all three
+            are updated.
     Returns:
         (V, C) in x's dtype.
     """

@@ -1,9 +1,9 @@
-"""Every sparse operation in plain PyTorch: the CPU path, and what the GPU kernels are tested against.
+"""Every sparse operation in plain PyTorch: what a CPU runs, and where Triton is missing a GPU too.
 
-A convolution is `gather -> one matrix product per offset -> sum of runs`: rows of the input are gathered in pair order, the
-pairs of an offset share one weight matrix, and each output sums its run of products. The centre, where every row meets itself,
-needs the product alone. The gradients are the same moves on the transposed map. Sums are over runs, in a fixed order, so
-results repeat to the bit.
+A convolution is `gather -> one matrix product per offset -> sum of runs`. The rows of the input are
+gathered in the order of the pairs; the pairs of an offset share one weight matrix; each output sums
+its run of products. The centre, where every row meets itself, needs the product alone. Gradients
+are the same steps on the transposed map. Every sum has a fixed order, so results repeat to the bit.
 """
 
 from __future__ import annotations
@@ -22,23 +22,29 @@ except (ImportError, OSError):  # OSError: built for another torch
     segment_csr = None
 
 
+# ---- convolution ---------------------------------------------------------------------------------
+
+
 def segment_sum(x: Tensor, rows: Tensor, start: Tensor) -> Tensor:
-    """`y[i] = sum of x[rows[j]] for j in start[i]:start[i+1]`; x (P, C), rows (R,), start (N+1,), y (N, C)."""
+    """`y[i] = sum of x[rows[j]] for j in start[i]:start[i + 1]`.
+
+    x (P, C), rows (R,), start (N + 1,), y (N, C).
+    """
     if x.shape[0] == 0 or len(start) == 1:
         return x.new_zeros(len(start) - 1, x.shape[1])
     return F.embedding_bag(rows, x, start, mode="sum", include_last_offset=True)
 
 
 def _products(rows: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
-    """Rows (P, Cin), ordered by offset, times the weight of their offset, (K, Cin, Cout) -> (P, Cout)."""
+    """Rows (P, Cin), ordered by offset, times their offset's weight (K, Cin, Cout) -> (P, Cout)."""
     out = rows.new_empty(len(rows), weight.shape[2])
-    for some, w, y in zip(rows.split(sizes), weight.unbind(0), out.split(sizes), strict=True):
-        torch.mm(some, w, out=y)
+    for group, w, y in zip(rows.split(sizes), weight.unbind(0), out.split(sizes), strict=True):
+        torch.mm(group, w, out=y)
     return out
 
 
 def _convolve(rows: Tensor, x: Tensor, weight: Tensor, kmap: KernelMap) -> Tensor:
-    """Output of a convolution; rows (P, Cin) are those of x that the pairs name."""
+    """Output of a convolution; rows (P, Cin) are the rows of x that the pairs name."""
     y = segment_sum(_products(rows, weight, kmap.sizes), kmap.by_out, kmap.start_out)
     return y if kmap.centre is None else y.addmm_(x, weight[kmap.centre])
 
@@ -55,13 +61,15 @@ class _SparseConv(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         rows, x, weight = ctx.saved_tensors
         kmap: KernelMap = ctx.kmap
-        grad_rows, grad_x, grad_w = grad.index_select(0, kmap.pair_out), None, None
+        grad_rows = grad.index_select(0, kmap.pair_out)
+        grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
             grad_x = _convolve(grad_rows, grad, weight.transpose(1, 2), kmap.transposed)
         if ctx.needs_input_grad[1]:
             grad_w = torch.empty_like(weight)
-            for some, g, w in zip(rows.split(kmap.sizes), grad_rows.split(kmap.sizes), grad_w.unbind(0), strict=True):
-                torch.mm(some.t(), g, out=w)
+            groups = rows.split(kmap.sizes), grad_rows.split(kmap.sizes), grad_w.unbind(0)
+            for group, g, w in zip(*groups, strict=True):
+                torch.mm(group.t(), g, out=w)
             if kmap.centre is not None:
                 torch.mm(x.t(), grad, out=grad_w[kmap.centre])
         return grad_x, grad_w, None
@@ -72,8 +80,11 @@ def sparse_conv(x: Tensor, weight: Tensor, kmap: KernelMap) -> Tensor:
     return _SparseConv.apply(x, weight, kmap)
 
 
+# ---- points, voxels, pixels ----------------------------------------------------------------------
+
+
 def _sum_points(x: Tensor, pyramid: Pyramid) -> Tensor:
-    """Sum of the rows of the points in each voxel: (N, C) -> (V, C)."""
+    """Sum over the points in each voxel: (N, C) -> (V, C)."""
     if segment_csr is not None and not x.is_cuda:
         return segment_csr(x.index_select(0, pyramid.order), pyramid.start, reduce="sum")
     return segment_sum(x, pyramid.order, pyramid.start)
@@ -82,7 +93,8 @@ def _sum_points(x: Tensor, pyramid: Pyramid) -> Tensor:
 class _VoxelMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, pyramid: Pyramid) -> Tensor:
-        ctx.pyramid, ctx.count = pyramid, pyramid.start.diff().clamp_(min=1).unsqueeze(1).to(x.dtype)
+        ctx.pyramid = pyramid
+        ctx.count = pyramid.start.diff().clamp_(min=1).unsqueeze(1).to(x.dtype)
         return _sum_points(x, pyramid) / ctx.count
 
     @staticmethod
@@ -112,7 +124,10 @@ def voxel_to_point(x: Tensor, pyramid: Pyramid) -> Tensor:
 
 
 class _SelectRows(torch.autograd.Function):
-    """`x[index]`, with a gradient that adds up in a fixed order on a GPU too, where PyTorch's own would use atomics."""
+    """`x[index]`, with a gradient that adds up in a fixed order on a GPU too.
+
+    PyTorch's own gradient adds with atomics there, in any order.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
@@ -125,17 +140,19 @@ class _SelectRows(torch.autograd.Function):
         (index,) = ctx.saved_tensors
         if not grad.is_cuda:
             return grad.new_zeros(ctx.rows, grad.shape[1]).index_add_(0, index, grad), None
-        return segment_sum(grad, torch.argsort(index, stable=True), group_starts(index, ctx.rows)), None
+        by_index = torch.argsort(index, stable=True)
+        return segment_sum(grad, by_index, group_starts(index, ctx.rows)), None
 
 
-def pixel_to_point(x: Tensor, frame: Tensor, pixel: Tensor) -> Tensor:
+def pixel_to_point(x: Tensor, image: Tensor, pixel: Tensor) -> Tensor:
     """Features of the pixel that each point projects to (nearest pixel, no interpolation).
 
     Args:
-        x: (B, C, H, W). frame: (N,) int64 image of each point. pixel: (N, 2) int64 row, col.
+        x: (B, C, H, W). image: (N,) int64, which of the B images a point belongs to.
+        pixel: (N, 2) int64 row, col.
     Returns:
         (N, C).
     """
     b, c, h, w = x.shape
     flat = x.permute(0, 2, 3, 1).reshape(b * h * w, c)  # free when x is channels-last
-    return _SelectRows.apply(flat, (frame * h + pixel[:, 0]) * w + pixel[:, 1])
+    return _SelectRows.apply(flat, (image * h + pixel[:, 0]) * w + pixel[:, 1])

@@ -1,25 +1,34 @@
-"""Kernel maps and sparse operations against dense PyTorch and slow loops."""
+"""Kernel maps and sparse operations of the CPU path against kernels/naive.py."""
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from ftdpp import kernels
-from ftdpp.kernels import Pyramid, check, pixel_to_point, reference, sparse_conv, voxel_mean, voxel_to_point
+from ftdpp.kernels import (
+    Pyramid,
+    check,
+    naive,
+    pixel_to_point,
+    reference,
+    sparse_conv,
+    voxel_mean,
+    voxel_to_point,
+)
 from ftdpp.kernels.maps import KernelMap, pack, unpack
 from ftdpp.models import UNet3D
 
 SIZES = [1, 2, 63, 97, 257]
 
 
-def cloud(n: int, size: int = 8, frames: int = 2, low: int = 0) -> Tensor:
+def cloud(n: int, size: int = 8, batch: int = 2, low: int = 0) -> Tensor:
     g = torch.Generator().manual_seed(n)
     xyz = torch.randint(low, low + size, (n, 3), generator=g)
-    return torch.cat([torch.randint(0, frames, (n, 1), generator=g), xyz], 1).int()
+    return torch.cat([torch.randint(0, batch, (n, 1), generator=g), xyz], 1).int()
 
 
 @pytest.mark.parametrize("low", [-40000 // 2, -7, 0, 4000])
@@ -38,34 +47,35 @@ def test_pack_refuses_what_does_not_fit() -> None:
     for bad in ([0, 40000, 0, 0], [0, 0, -32768, 0], [0, 0, 0, 32767]):
         with pytest.raises(ValueError, match="must lie inside"):
             pack(torch.tensor([bad]))
-    with pytest.raises(ValueError, match="frame indices"):
+    with pytest.raises(ValueError, match="batch indices"):
         pack(torch.tensor([[-1, 0, 0, 0]]))
     with pytest.raises(ValueError, match="integers b, x, y, z"):
         Pyramid(torch.zeros(3, 4))
 
 
+def voxels(pyramid: Pyramid, level: int) -> list[naive.Voxel]:
+    return [(b, x, y, z) for b, x, y, z in pyramid.coords(level).tolist()]
+
+
+def triples(kernel_map: list[naive.Pairs]) -> set[tuple[int, int, int]]:
+    """(offset, input row, output row) of every pair of a map of naive.py."""
+    return {(k, i, o) for k, pairs in enumerate(kernel_map) for i, o in pairs}
+
+
 @pytest.mark.parametrize("n", SIZES)
-def test_map_properties(n: int) -> None:
-    """Every pair obeys coords_in = stride * coords_out + offset, and none is missing."""
+def test_maps_are_the_naive_ones(n: int) -> None:
+    """Pair by pair, on three levels; and the voxels of a level are the parents of those below."""
     p = Pyramid(cloud(n, low=-3), 3)
+    assert len(set(voxels(p, 0))) == len(voxels(p, 0))
     for level in range(3):
-        coords = p.coords(level).tolist()
-        rows = {tuple(c): i for i, c in enumerate(coords)}
-        assert len(rows) == len(coords)
-        wanted = {
-            (k, rows[b, x + dx, y + dy, z + dz], out)
-            for out, (b, x, y, z) in enumerate(coords)
-            for k, (dx, dy, dz) in enumerate(itertools.product((-1, 0, 1), repeat=3))
-            if (b, x + dx, y + dy, z + dz) in rows
-        }
-        assert pairs(p.same[level]) == wanted
-        if level:
-            fine = p.coords(level - 1).tolist()
-            strided = {
-                (4 * (x & 1) + 2 * (y & 1) + (z & 1), i, rows[b, x >> 1, y >> 1, z >> 1]) for i, (b, x, y, z) in enumerate(fine)
-            }
-            assert pairs(p.down[level - 1]) == strided
-            assert pairs(p.down[level - 1].transposed) == {(k, o, i) for k, i, o in strided}
+        coarse = voxels(p, level)
+        assert pairs(p.same[level]) == triples(naive.submanifold_map(coarse))
+        if level > 0:
+            fine = voxels(p, level - 1)
+            down = p.down[level - 1]
+            assert sorted(coarse) == naive.coarser(fine)
+            assert pairs(down) == triples(naive.strided_map(fine, coarse))
+            assert pairs(down.transposed) == triples(naive.inverse_map(fine, coarse))
 
 
 def pairs(kmap: KernelMap) -> set[tuple[int, int, int]]:
@@ -75,8 +85,12 @@ def pairs(kmap: KernelMap) -> set[tuple[int, int, int]]:
     if kmap.centre is not None:
         found += [(kmap.centre, i, i) for i in range(kmap.n_out)]
     assert len(set(found)) == len(found) == kmap.pairs
-    for rows, order, start in ((kmap.pair_out, kmap.by_out, kmap.start_out), (kmap.pair_in, kmap.by_in, kmap.start_in)):
-        assert torch.equal(rows[order], torch.repeat_interleave(torch.arange(len(start) - 1), start.diff()))
+    for rows, order, start in (
+        (kmap.pair_out, kmap.by_out, kmap.start_out),
+        (kmap.pair_in, kmap.by_in, kmap.start_in),
+    ):
+        runs = torch.repeat_interleave(torch.arange(len(start) - 1), start.diff())
+        assert torch.equal(rows[order], runs)
         assert torch.equal(order.sort().values, torch.arange(len(rows)))
     return set(found)
 
@@ -84,22 +98,23 @@ def pairs(kmap: KernelMap) -> set[tuple[int, int, int]]:
 @pytest.mark.parametrize(("cin", "cout"), [(1, 16), (16, 1), (24, 48)])
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("kind", ["submanifold", "strided", "inverse"])
-def test_convolution_matches_dense(kind: str, n: int, cin: int, cout: int) -> None:
-    """Output and all gradients against conv3d / conv_transpose3d in float64, with an upstream gradient that is not 1."""
+def test_convolution_is_the_naive_one(kind: str, n: int, cin: int, cout: int) -> None:
+    """Output and all gradients in float64, with an upstream gradient that is not 1."""
     torch.manual_seed(n)
     p = Pyramid(cloud(n), 2)
-    fine, coarse = p.coords(0), p.coords(1)
-    offsets = 27 if kind == "submanifold" else 8
-    x = torch.randn(len(coarse) if kind == "inverse" else len(fine), cin, dtype=torch.float64, requires_grad=True)
-    w = torch.randn(offsets, cin, cout, dtype=torch.float64, requires_grad=True)
-    kmap = {"submanifold": p.same[0], "strided": p.down[0], "inverse": p.down[0].transposed}[kind]
-    out = sparse_conv(x, w, kmap)
-    wanted = check.dense_convolution(kind, x, w, fine, coarse, 8)
-    upstream = torch.randn_like(out)
-    grads = torch.autograd.grad(out, (x, w), upstream)
-    expected = torch.autograd.grad(wanted, (x, w), upstream)
-    for ours, theirs in ((out, wanted), *zip(grads, expected, strict=True)):
-        assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-10)
+    fine, coarse = voxels(p, 0), voxels(p, 1)
+    kmap, kernel_map = {
+        "submanifold": (p.same[0], naive.submanifold_map(fine)),
+        "strided": (p.down[0], naive.strided_map(fine, coarse)),
+        "inverse": (p.down[0].transposed, naive.inverse_map(fine, coarse)),
+    }[kind]
+    x = torch.randn(kmap.n_in, cin, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(kmap.offsets, cin, cout, dtype=torch.float64, requires_grad=True)
+    found, wanted = sparse_conv(x, w, kmap), naive.convolution(x, w, kernel_map, kmap.n_out)
+    upstream = torch.randn_like(found)
+    gradients = (torch.autograd.grad(y, (x, w), upstream) for y in (found, wanted))
+    for ours, true in ((found, wanted), *zip(*gradients, strict=True)):
+        assert torch.allclose(ours, true, rtol=1e-10, atol=1e-10)
 
 
 def test_convolution_gradcheck_and_refusal() -> None:
@@ -116,7 +131,7 @@ def test_convolution_gradcheck_and_refusal() -> None:
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_voxel_mean_and_back(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Duplicates are averaged; every point gets its voxel's row; with torch-scatter and without it."""
+    """Duplicates are averaged; points get their voxel's row; with torch-scatter and without it."""
     if not compiled:
         monkeypatch.setattr(reference, "segment_csr", None)
     elif reference.segment_csr is None:
@@ -125,10 +140,9 @@ def test_voxel_mean_and_back(compiled: bool, monkeypatch: pytest.MonkeyPatch) ->
     p = Pyramid(coords, 1)
     assert len(p.keys[0]) < 130
     x = torch.randn(300, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(p.coords()[p.voxel], coords)
     mean = voxel_mean(x, p)
-    for v, c in enumerate(p.coords().tolist()):
-        mine = (coords == torch.tensor(c)).all(1)
-        assert torch.allclose(mean[v], x[mine].mean(0))
+    assert torch.allclose(mean, naive.voxel_mean(x, p.voxel.tolist(), len(p.keys[0])))
     back = voxel_to_point(mean, p)
     assert torch.equal(back, mean[p.voxel])
     assert torch.autograd.gradcheck(lambda x: voxel_to_point(voxel_mean(x, p), p) ** 2, (x,))
@@ -136,11 +150,11 @@ def test_voxel_mean_and_back(compiled: bool, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_pixel_to_point() -> None:
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
-    frame, pixel = torch.tensor([0, 1, 1, 1]), torch.tensor([[0, 0], [3, 4], [2, 1], [2, 1]])
+    image, pixel = torch.tensor([0, 1, 1, 1]), torch.tensor([[0, 0], [3, 4], [2, 1], [2, 1]])
+    wanted = torch.stack([x[b, :, r, c] for b, (r, c) in zip(image, pixel, strict=True)])
     for layout in (torch.contiguous_format, torch.channels_last):
-        out = pixel_to_point(x.contiguous(memory_format=layout), frame, pixel)
-        assert torch.equal(out, torch.stack([x[b, :, r, c] for b, (r, c) in zip(frame, pixel, strict=True)]))
-    assert torch.autograd.gradcheck(lambda x: pixel_to_point(x, frame, pixel), (x,))
+        assert torch.equal(pixel_to_point(x.contiguous(memory_format=layout), image, pixel), wanted)
+    assert torch.autograd.gradcheck(lambda x: pixel_to_point(x, image, pixel), (x,))
 
 
 def test_no_points() -> None:
@@ -168,27 +182,40 @@ def test_order_of_points_does_not_matter() -> None:
 def test_neighbours_do_not_wrap_around_the_grid() -> None:
     """Voxels at opposite edges of the key's range are no neighbours, on any level."""
     far = 2**15 - 2
-    coords = torch.tensor([[0, x, y, z] for x in (-far, far) for y in (-far, far) for z in (-far, far)])
+    ends = (-far, far)
+    coords = torch.tensor([[0, x, y, z] for x in ends for y in ends for z in ends])
     for level, same in enumerate(Pyramid(coords, 7).same):
         assert same.pairs == 8, level
 
 
-def test_check_is_green_here_and_red_where_an_operation_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_is_green_here_and_red_where_an_operation_is_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("FTD_KERNELS", raising=False)
     cpu = torch.device("cpu")
     assert all(c.ok for c in check.run(cpu))
     right = kernels.sparse_conv
-    monkeypatch.setattr(kernels, "sparse_conv", lambda x, w, kmap: right(x, w, kmap) * 1.001)
+
+    def broken(change: Callable[[Tensor], Tensor]) -> None:
+        monkeypatch.setattr(kernels, "sparse_conv", lambda x, w, kmap: change(right(x, w, kmap)))
+
+    broken(lambda y: y * 1.001)
     assert [c.ok for c in check.run(cpu)] == [False] * 3 + [True] * 2
-    monkeypatch.setattr(kernels, "sparse_conv", lambda x, w, kmap: right(x, w, kmap) * float("nan"))
+    broken(lambda y: y * float("nan"))
     assert not check.run(cpu)[0].ok
-    monkeypatch.setattr(kernels, "sparse_conv", lambda x, w, kmap: right(x, w, kmap) + 1e-6 * torch.rand(()))
+    broken(lambda y: y + (0 * y).sqrt())
+    assert not check.run(cpu)[0].ok, "only the gradients are no numbers"
+    broken(lambda y: y + 1e-6 * torch.rand(()))
     assert not check.run(cpu)[0].ok, "two runs differ"
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # PyTorch's compiler looks at it itself
+# PyTorch's compiler looks at .grad itself.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_compiled_network_is_the_same() -> None:
-    """torch.compile compiles what lies between the sparse operations, and leaves those alone; the sizes may change."""
+    """torch.compile compiles what lies between the sparse operations, and leaves those alone.
+
+    Sizes may change from call to call.
+    """
     torch.manual_seed(0)
     net = UNet3D(4, 2).train()
     compiled = torch.compile(net, backend="aot_eager")

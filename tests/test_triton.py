@@ -1,6 +1,7 @@
-"""The Triton kernels against the plain-PyTorch reference in float64: on a GPU where there is one, else in Triton's interpreter.
+"""The Triton kernels against kernels/naive.py and plain PyTorch in float64.
 
-bf16 is left to a GPU: `tl.dot` in bf16 is wrong in the interpreter.
+They run on a GPU where there is one, else in Triton's interpreter. bf16 is left to a GPU: `tl.dot`
+in bf16 is wrong in the interpreter.
 """
 
 from __future__ import annotations
@@ -17,22 +18,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
-from ftdpp import bench, kernels  # noqa: E402
-from ftdpp.kernels import Pyramid, gemm, hash, norm, reference  # noqa: E402
-from ftdpp.models import SparseBatchNorm, UNet3D  # noqa: E402
+from ftdpp import kernels  # noqa: E402
+from ftdpp.bench import speed  # noqa: E402
+from ftdpp.kernels import Pyramid, gemm, hash, naive, norm, reference  # noqa: E402
+from ftdpp.models import BatchNormReLU, UNet3D  # noqa: E402
 
 SIZES = [1, 2, 63, 97, 150]
 CHANNELS = [(1, 16), (24, 48), (112, 16)]  # the input gradient runs each the other way round, too
 
 
-def cloud(n: int, size: int = 7, frames: int = 2, low: int = -3) -> Tensor:
+def cloud(n: int, size: int = 7, batch: int = 2, low: int = -3) -> Tensor:
     g = torch.Generator().manual_seed(n)
-    return torch.cat([torch.randint(0, frames, (n, 1), generator=g), torch.randint(low, low + size, (n, 3), generator=g)], 1)
+    index = torch.randint(0, batch, (n, 1), generator=g)
+    return torch.cat([index, torch.randint(low, low + size, (n, 3), generator=g)], 1)
 
 
 @pytest.fixture(autouse=True)
 def poisoned_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every buffer the kernels write into starts as NaN, or as an index that is far outside; a cell left unwritten shows."""
+    """Buffers that the kernels write into start as NaN, or as an index far outside.
+
+    So a cell that is left unwritten shows.
+    """
 
     def poison(t: Tensor) -> Tensor:
         return t.fill_(float("nan") if t.is_floating_point() else torch.iinfo(t.dtype).max // 2)
@@ -43,60 +49,90 @@ def poisoned_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
 
 
-def maps_of(p: Pyramid) -> dict[str, Any]:
-    last = len(p.down) - 1
-    return {"submanifold": p.same[1], "strided": p.down[last], "inverse": p.down[last].transposed}
+KINDS = ["submanifold", "strided", "inverse"]
+Voxels = list[naive.Voxel]
+
+
+def voxels(p: Pyramid, level: int) -> Voxels:
+    return [(b, x, y, z) for b, x, y, z in p.coords(level).tolist()]
+
+
+def maps_of(p: Pyramid, kind: str) -> tuple[Any, list[naive.Pairs]]:
+    """Triton's map of a convolution on levels 1 and 2, and the naive one."""
+    fine, coarse = voxels(p, 1), voxels(p, 2)
+    if kind == "submanifold":
+        return p.same[1], naive.submanifold_map(fine)
+    if kind == "strided":
+        return p.down[1], naive.strided_map(fine, coarse)
+    return p.down[1].transposed, naive.inverse_map(fine, coarse)
 
 
 def assert_close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
     assert found.isfinite().all()
-    scale = wanted.abs().max().clamp(min=1e-9) if wanted.numel() else 1.0
-    assert ((found.cpu().double() - wanted).abs() / scale).max() <= tolerance if wanted.numel() else found.shape == wanted.shape
+    assert found.shape == wanted.shape
+    if wanted.numel():
+        scale = wanted.abs().max().clamp(min=1e-9)
+        assert ((found.cpu().double() - wanted).abs() / scale).max() <= tolerance
 
 
 @pytest.mark.parametrize("n", SIZES)
-def test_pyramid_equals_the_reference(n: int) -> None:
-    """Voxels, their order, points, and every pair of every map, which test_kernels.py holds against their definition."""
+def test_voxels_are_the_cpus(n: int) -> None:
+    """The same voxels in the same order, on all levels, and the same points in them."""
     ours, theirs = hash.HashPyramid(cloud(n).to(DEVICE), 7), Pyramid(cloud(n), 7)
-    mine, wanted_rows = ((p.voxel, p.start, p.order, *p.keys) for p in (ours, theirs))
-    for a, b in zip(mine, wanted_rows, strict=True):
+    mine, wanted = ((p.voxel, p.start, p.order, *p.keys) for p in (ours, theirs))
+    for a, b in zip(mine, wanted, strict=True):
         assert torch.equal(a.cpu(), b)
     assert torch.equal(ours.coords(2).cpu(), theirs.coords(2))
-    down = [(a.transposed, b.transposed) for a, b in zip(ours.down, theirs.down, strict=True)]
-    for a, b in (*zip(ours.same, theirs.same, strict=True), *zip(ours.down, theirs.down, strict=True), *down):
-        wanted = set(zip(offsets_of(b.sizes), b.pair_in.tolist(), b.pair_out.tolist(), strict=True))
-        if b.centre is not None:
-            wanted |= {(b.centre, i, i) for i in range(b.n_out)}
-        idx, row, mask = a.idx.cpu(), a.row.cpu(), a.mask.cpu()
-        assert sorted(row.tolist()) == list(range(a.n_out))
-        k, slot = (idx >= 0).nonzero(as_tuple=True)
-        assert set(zip(k.tolist(), idx[k, slot].tolist(), row[slot].tolist(), strict=True)) == wanted
-        assert torch.equal(mask, ((idx >= 0).int() << torch.arange(len(idx))[:, None]).sum(0).int())
-        assert (mask.diff() >= 0).all(), "slots lie in the order of their masks"
-        listed = [
-            (k, a.pair_in[j].item(), a.pair_out[j].item())
-            for k, (first, last) in enumerate(zip(a.first.tolist(), a.last.tolist(), strict=True))
-            for j in range(first, last)
-        ]
-        assert len(listed) == len(wanted)
-        assert set(listed) == wanted
 
 
-def offsets_of(sizes: list[int]) -> list[int]:
-    return [k for k, size in enumerate(sizes) for _ in range(size)]
+@pytest.mark.parametrize("n", SIZES)
+def test_maps_are_the_naive_ones(n: int) -> None:
+    """Every pair of every map, as slots and as lists."""
+    p = hash.HashPyramid(cloud(n).to(DEVICE), 4)
+    for level in range(4):
+        coarse = voxels(p, level)
+        check_map(p.same[level], naive.submanifold_map(coarse))
+        if level > 0:
+            fine, down = voxels(p, level - 1), p.down[level - 1]
+            check_map(down, naive.strided_map(fine, coarse))
+            check_map(down.transposed, naive.inverse_map(fine, coarse))
+
+
+def check_map(found: hash.SlotMap, kernel_map: list[naive.Pairs]) -> None:
+    wanted = {(k, i, o) for k, pairs in enumerate(kernel_map) for i, o in pairs}
+    idx, row, mask = found.idx.cpu(), found.row.cpu(), found.mask.cpu()
+    assert sorted(row.tolist()) == list(range(found.n_out))
+    k, slot = (idx >= 0).nonzero(as_tuple=True)
+    slots = zip(k.tolist(), idx[k, slot].tolist(), row[slot].tolist(), strict=True)
+    assert set(slots) == wanted
+    bits = (idx >= 0).int() << torch.arange(len(idx))[:, None]
+    assert torch.equal(mask, bits.sum(0).int())
+    assert (mask.diff() >= 0).all(), "slots lie in the order of their masks"
+    listed = [
+        (k, found.pair_in[j].item(), found.pair_out[j].item())
+        for k, (first, last) in enumerate(zip(found.first, found.last, strict=True))
+        for j in range(first, last)
+    ]
+    assert len(listed) == len(wanted)
+    assert set(listed) == wanted
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a device-side assertion ends the program")
-@pytest.mark.parametrize("bad", [[0, 2**15 - 1, 0, 0], [0, 0, 0, 1 - 2**15], [-1, 0, 0, 0], [4096, 0, 0, 0], [0, 2**40, 0, 0]])
+@pytest.mark.parametrize(
+    "bad",
+    [[0, 2**15 - 1, 0, 0], [0, 0, 0, 1 - 2**15], [-1, 0, 0, 0], [4096, 0, 0, 0], [0, 2**40, 0, 0]],
+)
 def test_points_outside_the_grid_are_refused(bad: list[int]) -> None:
     with pytest.raises(RuntimeError, match="outside \\+-32766"):
         hash.HashPyramid(torch.tensor([[0, 1, 2, 3], bad]), 2)
-    hash.HashPyramid(torch.tensor([[0, 1, 2, 3], bad]), 2, torch.tensor(1))  # behind the points it is none
+    # A row behind the points is no point.
+    hash.HashPyramid(torch.tensor([[0, 1, 2, 3], bad]), 2, torch.tensor(1))
 
 
 def test_neighbours_do_not_wrap_around_the_grid() -> None:
     far = 2**15 - 2
-    coords = torch.tensor([[0, x, y, z] for x in (-far, far) for y in (-far, far) for z in (-far, far)])
+    ends = (-far, far)
+    coords = torch.tensor([[0, x, y, z] for x in ends for y in ends for z in ends])
     for same in hash.HashPyramid(coords.to(DEVICE), 7).same:
         assert (same.idx >= 0).sum() == 8
 
@@ -111,43 +147,56 @@ def test_hash_table_holds_colliding_keys() -> None:
     table_key, table_row, found_size = hash.hash_table(same_place.to(DEVICE))
     assert found_size == size
     rows = dict(zip(table_key[:size].tolist(), table_row.tolist(), strict=True))
-    assert {k: rows[k] for k in same_place.tolist()} == {k: i for i, k in enumerate(same_place.tolist())}
+    assert {k: rows[k] for k in same_place.tolist()} == {
+        k: i for i, k in enumerate(same_place.tolist())
+    }
 
 
 @pytest.mark.parametrize(("cin", "cout"), CHANNELS)
 @pytest.mark.parametrize("n", SIZES)
-@pytest.mark.parametrize("kind", ["submanifold", "strided", "inverse"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_convolution_and_gradients(kind: str, n: int, cin: int, cout: int) -> None:
     torch.manual_seed(n)
-    ours, theirs = maps_of(hash.HashPyramid(cloud(n).to(DEVICE), 3))[kind], maps_of(Pyramid(cloud(n), 3))[kind]
-    x, w = torch.randn(ours.n_in, cin), torch.randn(len(ours.idx), cin, cout)
-    check_convolution(x, w, ours, theirs, torch.float32, 1e-6 if DEVICE == "cpu" else 3e-6)  # a GPU adds one product at a time
+    ours, kernel_map = maps_of(hash.HashPyramid(cloud(n).to(DEVICE), 3), kind)
+    x, w = torch.randn(ours.n_in, cin), torch.randn(ours.offsets, cin, cout)
+    tolerance = 1e-6 if DEVICE == "cpu" else 3e-6  # a GPU adds one product at a time
+    check_convolution(x, w, ours, kernel_map, torch.float32, tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])])
-@pytest.mark.parametrize("kind", ["submanifold", "strided", "inverse"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_convolution_in_half_precision(kind: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    ours, theirs = maps_of(hash.HashPyramid(cloud(97).to(DEVICE), 3))[kind], maps_of(Pyramid(cloud(97), 3))[kind]
-    x, w = torch.randn(ours.n_in, 24).to(dtype).float(), torch.randn(len(ours.idx), 24, 48).to(dtype).float()
-    check_convolution(x, w, ours, theirs, dtype, 2e-3 if dtype == torch.float16 else 1e-2)
+    ours, kernel_map = maps_of(hash.HashPyramid(cloud(97).to(DEVICE), 3), kind)
+    x = torch.randn(ours.n_in, 24).to(dtype).float()
+    w = torch.randn(ours.offsets, 24, 48).to(dtype).float()
+    check_convolution(x, w, ours, kernel_map, dtype, 2e-3 if dtype == torch.float16 else 1e-2)
 
 
-def check_convolution(x: Tensor, w: Tensor, ours: Any, theirs: Any, dtype: torch.dtype, tolerance: float) -> None:
+def check_convolution(
+    x: Tensor,
+    w: Tensor,
+    ours: Any,
+    kernel_map: list[naive.Pairs],
+    dtype: torch.dtype,
+    tolerance: float,
+) -> None:
+    """Output and gradients against the naive ones in float64, and a second run."""
     exact = tuple(t.double().requires_grad_() for t in (x, w))
     mine = tuple(t.to(DEVICE, dtype).requires_grad_() for t in (x, w))
-    wanted = kernels.sparse_conv(exact[0], exact[1], theirs)
+    wanted = naive.convolution(exact[0], exact[1], kernel_map, ours.n_out)
     found = kernels.sparse_conv(mine[0], mine[1], ours)
     upstream = torch.randn(wanted.shape).to(dtype)
     expected = torch.autograd.grad(wanted, exact, upstream.double())
-    for a, b in zip((found, *torch.autograd.grad(found, mine, upstream.to(DEVICE))), (wanted, *expected), strict=True):
+    gradients = torch.autograd.grad(found, mine, upstream.to(DEVICE))
+    for a, b in zip((found, *gradients), (wanted, *expected), strict=True):
         assert a.dtype == dtype
         assert_close(a, b, tolerance)
     assert torch.equal(found, kernels.sparse_conv(mine[0], mine[1], ours)), "bitwise repeatable"
 
 
 def test_nothing_is_written_outside() -> None:
-    """Guard cells on both sides of the output and of the partial weight gradients keep their value."""
+    """Guard cells beside the output and the partial weight gradients keep their value."""
     p = hash.HashPyramid(cloud(97).to(DEVICE), 2)
     m, cin, cout = p.same[0], 24, 40
     x, w = torch.randn(m.n_in, cin, device=DEVICE), torch.randn(27, cin, cout, device=DEVICE)
@@ -164,7 +213,18 @@ def test_nothing_is_written_outside() -> None:
     blocks = gemm.gradient_blocks(cin, cout)
     tiles = -(-cin // blocks["BI"]) * -(-cout // blocks["BO"])
     gemm.weight_gradient[(27, 2, tiles)](
-        x, y, part[1:3], m.pair_in, m.pair_out, m.first, m.last, cin, cout, 2, PRECISION="ieee", **blocks
+        x,
+        y,
+        part[1:3],
+        m.pair_in,
+        m.pair_out,
+        m.first,
+        m.last,
+        cin,
+        cout,
+        2,
+        PRECISION="ieee",
+        **blocks,
     )
     assert (part[0] == 7).all()
     assert (part[3] == 7).all()
@@ -175,19 +235,33 @@ def test_nothing_is_written_outside() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("rows", "channels", "live"),
-    [(1, 16, 1), (9, 16, 1), (63, 24, 63), (150, 112, 97), (150, 192, 150), (9000, 16, 4321), (7, 16, 0)],
+    [
+        (1, 16, 1),
+        (9, 16, 1),
+        (63, 24, 63),
+        (150, 112, 97),
+        (150, 192, 150),
+        (9000, 16, 4321),
+        (7, 16, 0),
+    ],
 )
 def test_batch_norm_and_relu(rows: int, channels: int, live: int, dtype: torch.dtype) -> None:
-    """Output, gradients and statistics of the rows that count, in float64 by PyTorch; the others are NaN on their way in."""
+    """Output, gradients and statistics as by PyTorch in float64; rows that do not count are NaN."""
     torch.manual_seed(rows)
-    exact, ours = SparseBatchNorm(channels).double().train(), SparseBatchNorm(channels).to(DEVICE).train()
+    exact, ours = (
+        BatchNormReLU(channels).double().train(),
+        BatchNormReLU(channels).to(DEVICE).train(),
+    )
     for n in (exact, ours):
         with torch.no_grad():
             n.weight.copy_(torch.linspace(-0.5, 1.5, channels))
             n.bias.copy_(torch.linspace(-1, 1, channels))
             for buffer in n.buffers():
                 buffer.fill_(2)
-    x, upstream = (torch.randn(rows, channels) * 3 + 10).to(dtype), torch.randn(rows, channels).to(dtype)
+    x, upstream = (
+        (torch.randn(rows, channels) * 3 + 10).to(dtype),
+        torch.randn(rows, channels).to(dtype),
+    )
     x[live:], upstream[live:] = float("nan"), float("nan")
     a, b = x[:live].double().requires_grad_(), x.to(DEVICE).requires_grad_()
     wanted, found = exact(a), ours(b, torch.tensor(live, device=DEVICE))
@@ -203,7 +277,9 @@ def test_batch_norm_and_relu(rows: int, channels: int, live: int, dtype: torch.d
     again = ours(b, torch.tensor(live, device=DEVICE))
     assert torch.equal(found, again), "bitwise repeatable"
     # A gradient that is not contiguous, as that of a sum.
-    whole = torch.autograd.grad(again, (b, ours.weight), torch.ones(rows, channels, dtype=dtype, device=DEVICE))
+    whole = torch.autograd.grad(
+        again, (b, ours.weight), torch.ones(rows, channels, dtype=dtype, device=DEVICE)
+    )
     b.grad = None
     ours(b, torch.tensor(live, device=DEVICE)).sum().backward()
     assert b.grad is not None and ours.weight.grad is not None
@@ -212,7 +288,10 @@ def test_batch_norm_and_relu(rows: int, channels: int, live: int, dtype: torch.d
 
 
 def test_batch_norm_of_nothing() -> None:
-    norms, x = SparseBatchNorm(16).to(DEVICE).train(), torch.zeros(0, 16, device=DEVICE, requires_grad=True)
+    norms, x = (
+        BatchNormReLU(16).to(DEVICE).train(),
+        torch.zeros(0, 16, device=DEVICE, requires_grad=True),
+    )
     norms(x, torch.tensor(0, device=DEVICE)).sum().backward()
     assert norms.weight.grad is not None
     assert not norms.weight.grad.any()
@@ -221,7 +300,10 @@ def test_batch_norm_of_nothing() -> None:
 
 def test_points_in_any_memory_layout() -> None:
     coords = cloud(63).to(DEVICE)
-    assert torch.equal(hash.HashPyramid(coords.t().contiguous().t(), 2).keys[0], hash.HashPyramid(coords, 2).keys[0])
+    assert torch.equal(
+        hash.HashPyramid(coords.t().contiguous().t(), 2).keys[0],
+        hash.HashPyramid(coords, 2).keys[0],
+    )
 
 
 def test_batch_norm_writes_nothing_outside() -> None:
@@ -233,10 +315,22 @@ def test_batch_norm_writes_nothing_outside() -> None:
         whole.append(torch.full((4096 + math.prod(shape),), 7.0, device=DEVICE))
         return whole[-1][2048:-2048].view(shape)
 
-    (x, dy), (w, b) = torch.randn(2, rows, channels, device=DEVICE), torch.rand(2, channels, device=DEVICE)
-    y, dx, part, stat = guarded(rows, channels), guarded(rows, channels), guarded(2, 1, channels), guarded(2, channels)
+    (x, dy), (w, b) = (
+        torch.randn(2, rows, channels, device=DEVICE),
+        torch.rand(2, channels, device=DEVICE),
+    )
+    y, dx, part, stat = (
+        guarded(rows, channels),
+        guarded(rows, channels),
+        guarded(2, 1, channels),
+        guarded(2, channels),
+    )
     dw, db, mean, var = (guarded(channels) for _ in range(4))
-    batches, sizes, grid = torch.tensor(0, device=DEVICE), (channels, 128), (-(-rows // tile["BR"]), 1)
+    batches, sizes, grid = (
+        torch.tensor(0, device=DEVICE),
+        (channels, 128),
+        (-(-rows // tile["BR"]), 1),
+    )
     norm.sum_rows[(1, 1)](x, y, dy, stat, part, live, *sizes, BACK=False, **tile)
     inputs = x, y, part, stat, live, w, b, mean, var, batches, rows, *sizes, 1, 0.1, 1e-4
     norm.normalise[grid](*inputs, SHARES=norm.SHARES, **tile)
@@ -250,11 +344,13 @@ def test_batch_norm_writes_nothing_outside() -> None:
 
 
 def test_batch_norm_lets_nothing_invalid_pass() -> None:
-    """A NaN among the voxels has to come out again, so that a diverged network is noticed. (In the interpreter it would do so
-    through a maximum, too; on a GPU it would not.)"""
+    """A NaN among the voxels has to come out again, so that a diverged network is noticed.
+
+    In the interpreter a maximum would keep it, too; on a GPU it would not.
+    """
     x = torch.ones(5, 16, device=DEVICE)
     x[3, 2] = float("nan")
-    out = SparseBatchNorm(16).to(DEVICE).train()(x, torch.tensor(5, device=DEVICE))
+    out = BatchNormReLU(16).to(DEVICE).train()(x, torch.tensor(5, device=DEVICE))
     assert out[:, 2].isnan().all()
     assert out[:, 3].isfinite().all()
 
@@ -287,7 +383,7 @@ def test_refusals() -> None:
 
 
 def test_whole_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sparse U-Net by Triton equals the same network by PyTorch: features and the gradient of every weight."""
+    """The sparse U-Net by Triton is that by PyTorch: features and the gradient of every weight."""
     torch.manual_seed(0)
     coords, net = cloud(60, 5), UNet3D(16, 3).train()
     feat = torch.randn(60, 1)
@@ -301,7 +397,12 @@ def test_whole_network(monkeypatch: pytest.MonkeyPatch) -> None:
         net.zero_grad()
         out = net(feat.to(where), p)
         (out * torch.linspace(-1, 1, 16, device=where)).sum().backward()
-        found.append({"out": out.detach(), **{n: w.grad.clone() for n, w in net.named_parameters() if w.grad is not None}})
+        found.append(
+            {
+                "out": out.detach(),
+                **{n: w.grad.clone() for n, w in net.named_parameters() if w.grad is not None},
+            }
+        )
     assert len(found[0]) == len(list(net.parameters())) + 1
     for name, wanted in found[0].items():
         assert_close(found[1][name], wanted.double(), 1e-3)
@@ -309,9 +410,10 @@ def test_whole_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("n", [0, 1, 30, 70])
 def test_padded_maps_change_nothing(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With room for 70 points and rubbish behind the n that count: the same output, gradients and running statistics.
+    """Output, gradients and running statistics, with room for 70 points and rubbish behind n.
 
-    Sizes alone would do for one point or none, so the host never learns n: that is what a CUDA graph needs."""
+    The host never learns n, not even where it is 0 or 1: that is what a CUDA graph needs.
+    """
     monkeypatch.setattr(reference, "segment_csr", None)  # a GPU sums points without it
     torch.manual_seed(0)
     coords, room = cloud(max(n, 1), 5)[:n], 70
@@ -327,13 +429,18 @@ def test_padded_maps_change_nothing(n: int, monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(plain.voxel, roomy.voxel[:n])
     feat, upstream = torch.randn(room, 1, device=DEVICE), torch.linspace(-1, 1, 4, device=DEVICE)
     out, found = net(feat[:n], plain), other(feat, roomy)
-    for y in (out, found):  # what lies behind the points sends a gradient, too, and it must not count
+    for y in (
+        out,
+        found,
+    ):  # what lies behind the points sends a gradient, too, and it must not count
         (y * upstream).sum().backward()
     assert_close(found[:n], out.cpu().double(), 1e-4)
     if n:  # without points BatchNorm's statistics are not a number
         for (name, p), q in zip(net.named_parameters(), other.parameters(), strict=True):
             assert p.grad is not None and q.grad is not None
-            assert torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-4 * float(p.grad.abs().max()) + 1e-6), name
+            assert torch.allclose(
+                p.grad, q.grad, rtol=1e-3, atol=1e-4 * float(p.grad.abs().max()) + 1e-6
+            ), name
     for (name, a), b in zip(net.named_buffers(), other.buffers(), strict=True):
         assert torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-7), name
     other.eval()
@@ -344,28 +451,40 @@ def test_what_the_benchmark_captures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its padded copy gives the network's output and gradients; on a GPU its graph does."""
     monkeypatch.setenv("FTD_KERNELS", "triton")
     coords, net = cloud(60).to(DEVICE), UNet3D(4, 3).to(DEVICE).train()
-    padded = bench.PaddedUNet(net, coords)
+    padded = speed.PaddedUNet(net, coords)
     assert len(padded.coords) == 75
     whole, padded_whole = (
-        bench.passes(model, call, half=False)
-        for model, call in ((net, lambda: net(torch.ones(60, 1, device=DEVICE), kernels.pyramid(coords, 3))), (padded, padded))
+        speed.passes(model, call, half=False)
+        for model, call in (
+            (net, lambda: net(torch.ones(60, 1, device=DEVICE), kernels.pyramid(coords, 3))),
+            (padded, padded),
+        )
     )
     forward, learn = padded_whole["forward"], padded_whole["forward+backward"]
-    found = bench.replayed(forward) if DEVICE == "cuda" else forward()
+    found = speed.replayed(forward) if DEVICE == "cuda" else forward()
     assert_close(found, whole["forward"]().cpu().double(), 1e-4)
     whole["forward+backward"]()
-    (bench.captured(learn) if DEVICE == "cuda" else learn)()
+    (speed.captured(learn) if DEVICE == "cuda" else learn)()
     for ours, theirs in zip(padded.parameters(), net.parameters(), strict=True):
         assert ours.grad is not None and theirs.grad is not None
-        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5 * float(theirs.grad.abs().max()) + 1e-6)
+        assert torch.allclose(
+            ours.grad, theirs.grad, rtol=1e-3, atol=1e-5 * float(theirs.grad.abs().max()) + 1e-6
+        )
 
 
 class NoWaiting(TorchDispatchMode):
-    """Refuses what a CUDA graph cannot hold: operations whose result, or whose size, the host has to learn."""
+    """Refuses what a CUDA graph cannot hold: operations that tell the host a value or a size."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "bincount"), name
+        assert name not in (
+            "_local_scalar_dense",
+            "nonzero",
+            "masked_select",
+            "_unique2",
+            "unique_consecutive",
+            "bincount",
+        ), name
         assert name != "repeat_interleave" or (kwargs or {}).get("output_size") is not None, (
             "repeat_interleave without output_size"
         )
@@ -375,14 +494,16 @@ class NoWaiting(TorchDispatchMode):
 
 
 def test_padded_maps_do_not_wait_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Maps, network and gradients in padded form run without one look at a number; the ordinary maps do not."""
+    """Padded maps, network and gradients run without one look at a number; plain maps do not."""
 
     def refuse(*_: Any) -> None:
         raise AssertionError("a tensor is read by the host")
 
     coords, net = cloud(40).to(DEVICE), UNet3D(4, 3).to(DEVICE).train()
     feat, count = torch.ones(40, 1, device=DEVICE), torch.tensor(33, device=DEVICE)
-    net(feat, hash.HashPyramid(coords, 3, count)).sum().backward()  # compiles, and fills what is kept
+    net(
+        feat, hash.HashPyramid(coords, 3, count)
+    ).sum().backward()  # compiles, and fills what is kept
     if DEVICE == "cpu":
         for name in ("tolist", "item", "numpy", "cpu"):
             monkeypatch.setattr(Tensor, name, refuse)
@@ -408,13 +529,23 @@ def test_padded_maps_are_tritons_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("n", [0, 1, 50])
 def test_row_gradient_repeats(n: int) -> None:
-    """The gradient of reading pixels sums in a fixed order: on a GPU by runs, which must equal the scatter of the CPU."""
+    """The gradient of reading pixels sums in a fixed order.
+
+    A GPU sums runs; that has to equal the scatter of a CPU.
+    """
     index = torch.randint(0, 20, (n,))
-    x, grad = torch.randn(20, 3, dtype=torch.float64, requires_grad=True), torch.randn(n, 3, dtype=torch.float64)
+    x, grad = (
+        torch.randn(20, 3, dtype=torch.float64, requires_grad=True),
+        torch.randn(n, 3, dtype=torch.float64),
+    )
     (wanted,) = torch.autograd.grad(x.index_select(0, index), x, grad)
     count = torch.bincount(index, minlength=20)
     start = torch.cat([count.new_zeros(1), count.cumsum(0)])
-    runs = reference.segment_sum(grad, torch.argsort(index, stable=True), start) if n else torch.zeros(20, 3).double()
+    runs = (
+        reference.segment_sum(grad, torch.argsort(index, stable=True), start)
+        if n
+        else torch.zeros(20, 3).double()
+    )
     assert torch.allclose(runs, wanted)
     (ours,) = torch.autograd.grad(reference._SelectRows.apply(x, index), x, grad)
     assert torch.allclose(ours, wanted)

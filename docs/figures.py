@@ -1,0 +1,231 @@
+"""Makes the README's figure and pictures: python docs/figures.py RUN WORLD
+
+RUN is a run folder of `ftd train`; that of the README was made by
+
+    ftd data synth WORLD/train --frames 160,120,12,24
+    ftd train --src usa --tgt singapore --data WORLD/train --preset small --steps 320 \\
+        --set milestones=240 --set val_every=320 --threads 1 --out RUN
+
+WORLD is a folder in which two small street worlds are kept, written on first use. Without arguments
+only the figure is made, which needs neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+import ftdpp
+from ftdpp import evaluate, report, runs
+from ftdpp.data import CLASS_SETS, Frame
+from ftdpp.index import original_frame, prepare
+from ftdpp.readers import domains
+from ftdpp.world import layouts
+
+HERE = Path(__file__).resolve().parent
+NAMES = CLASS_SETS["street6"]
+
+# ---- the figure: what FtD++ consists of ----------------------------------------------------------
+
+# A card of its own, so that it reads on a light and on a dark page.
+PAPER, INK, FAINT = "#fbfaf7", "#22252b", "#5d626d"
+CAMERA, LIDAR, FUSED, TEACHER, LOSS = "#cfe3f7", "#d5efd3", "#e5d9f5", "#ececec", "#fde2c4"
+SIZE = (1000, 570)
+
+
+def _box(x: int, y: int, w: int, h: int, fill: str, title: str, *lines: str) -> str:
+    """A filled box with a bold title and lines below it."""
+    middle, top = x + w / 2, y + h / 2 - 8.5 * len(lines) + 5
+    out = f'<rect x="{x}" y="{y}" width="{w}" height="{h}" rx="7" fill="{fill}" stroke="{INK}"/>'
+    out += f'<text x="{middle}" y="{top}" class="title middle">{title}</text>'
+    for i, line in enumerate(lines, 1):
+        out += f'<text x="{middle}" y="{top + 17 * i}" class="middle">{line}</text>'
+    return out
+
+
+def _swatch(x: int, fill: str, text: str) -> str:
+    """An entry of the legend."""
+    square = f'<rect x="{x}" y="532" width="16" height="16" rx="3" fill="{fill}" stroke="{INK}"/>'
+    return square + _note(x + 24, 545, text)
+
+
+def _arrow(*points: tuple[int, int], dashed: bool = False) -> str:
+    """A line through the points with a head at the end; dashed where no gradient flows."""
+    path = " ".join(f"{x},{y}" for x, y in points)
+    dash = ' stroke-dasharray="6 4"' if dashed else ""
+    return f'<polyline points="{path}" class="arrow"{dash}/>'
+
+
+def _note(x: int, y: int, text: str) -> str:
+    return f'<text x="{x}" y="{y}" class="note">{text}</text>'
+
+
+def figure() -> str:
+    """The networks, what teaches what, and the paper's names, as an SVG."""
+    parts = [
+        # The student, from left to right.
+        _box(30, 60, 120, 54, CAMERA, "image", "B × 3 × H × W"),
+        _box(30, 236, 120, 54, LIDAR, "points", "N voxels"),
+        _box(190, 60, 140, 54, CAMERA, "UNet2D", "ResNet-34"),
+        _box(190, 236, 140, 54, LIDAR, "UNet3D", "sparse, 7 levels"),
+        _box(400, 140, 150, 70, FUSED, "MFFM", "CBAM and external", "attention"),
+        _box(640, 38, 150, 40, CAMERA, "mimicry head 2D"),
+        _box(640, 108, 150, 54, FUSED, "main head 2D", "reads the fused, too"),
+        _box(640, 206, 150, 40, LIDAR, "main head 3D"),
+        _box(640, 276, 150, 40, LIDAR, "mimicry head 3D"),
+        _arrow((150, 87), (190, 87)),
+        _arrow((150, 263), (190, 263)),
+        _arrow((330, 75), (590, 75), (590, 58), (640, 58)),
+        _arrow((590, 75), (590, 125), (640, 125)),
+        _arrow((330, 270), (590, 270), (590, 296), (640, 296)),
+        _arrow((590, 270), (590, 226), (640, 226)),
+        _arrow((330, 100), (365, 100), (365, 160), (400, 160), dashed=True),
+        _arrow((330, 250), (365, 250), (365, 190), (400, 190), dashed=True),
+        _arrow((550, 175), (612, 175), (612, 147), (640, 147)),
+        _note(372, 66, "features at each point's pixel"),
+        _arrow((790, 135), (822, 135), (822, 296), (790, 296), dashed=True),
+        _arrow((790, 226), (806, 226), (806, 58), (790, 58), dashed=True),
+        # The losses on the student.
+        _box(850, 38, 124, 62, LOSS, "MPD", "mimicry heads", "follow main heads"),
+        _box(850, 130, 124, 62, LOSS, "cross-entropy", "source labels,", "main heads"),
+        _box(850, 222, 124, 94, LOSS, "xDPL", "pseudo-labels of", "the target, in the",
+             "second stage,", "times exp(−KL)"),
+        # The teacher.
+        _box(30, 410, 120, 80, LOSS, "MMST", "source batch", "in the target's", "style"),
+        _box(190, 410, 360, 80, TEACHER, "teacher", "the same networks; its weights are a moving",
+             "average (EMA) of the student's"),
+        _box(640, 410, 150, 80, TEACHER, "its main heads", "2D, 3D, and the",
+             "softmax of their sum"),
+        _box(850, 410, 124, 80, LOSS, "DPD", "student's main", "heads follow, on", "source points"),
+        _arrow((90, 290), (90, 410), dashed=True),
+        _note(100, 340, "image: FDA or mixup"),
+        _note(100, 358, "points: density transfer"),
+        _arrow((300, 290), (300, 410), dashed=True),
+        _note(310, 349, "EMA after every step"),
+        _arrow((150, 450), (190, 450)),
+        _arrow((550, 450), (640, 450)),
+        _arrow((790, 450), (850, 450), dashed=True),
+        _note(30, 34, "student: a labelled batch of the source, an unlabelled one of the target"),
+        # The legend.
+        _swatch(30, CAMERA, "camera"),
+        _swatch(124, LIDAR, "LiDAR"),
+        _swatch(206, FUSED, "both"),
+        _swatch(276, TEACHER, "teacher, no gradient"),
+        _swatch(446, LOSS, "loss or style"),
+        _arrow((566, 540), (606, 540)),
+        _note(614, 545, "forward, gradient back"),
+        _arrow((796, 540), (836, 540), dashed=True),
+        _note(844, 545, "no gradient back"),
+    ]  # fmt: skip
+    style = (
+        f"text{{font:13px system-ui,Helvetica,Arial,sans-serif;fill:{INK}}}"
+        ".middle{text-anchor:middle}.title{font-weight:700;font-size:14px}"
+        f".note{{fill:{FAINT};font-style:italic}}"
+        f".arrow{{fill:none;stroke:{INK};stroke-width:1.4;marker-end:url(#head)}}"
+    )
+    width, height = SIZE
+    head = (
+        '<marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" '
+        f'orient="auto"><path d="M0,0 L8,4 L0,8 z" fill="{INK}"/></marker>'
+    )
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+            f'width="{width}" height="{height}" role="img" aria-label="What FtD++ consists of">',
+            f"<style>{style}</style><defs>{head}</defs>",
+            f'<rect width="{width}" height="{height}" rx="14" fill="{PAPER}"/>',
+            *parts,
+            "</svg>\n",
+        ]
+    )
+
+
+# ---- the pictures --------------------------------------------------------------------------------
+
+SHOWN = {"usa": 1, "singapore": 4, "day": 1, "night": 4}  # frames of the training splits
+TESTED = (0, 20)  # frames of the target's test split: beside its labels, and with errors
+
+
+def save(picture: Image.Image, name: str) -> None:
+    """As JPEG below 200 KB, beside this file."""
+    for quality in (90, 80, 70):
+        picture.save(HERE / name, "JPEG", quality=quality, optimize=True)
+        if (HERE / name).stat().st_size < 200_000:
+            return
+    raise RuntimeError(f"{name} is larger than 200 KB at quality 70; make it smaller")
+
+
+def points_picture(frame: Frame) -> Image.Image:
+    """The LiDAR points where the camera sees them, in the colours of their classes."""
+    colours = [*report.palette(NAMES), report.NONE]
+    height, width = frame.image.shape[:2]
+    out = Image.new("RGB", (width, height), report.FLOOR)
+    draw = ImageDraw.Draw(out)
+    for (row, col), label in zip(frame.pixel, frame.label, strict=True):
+        box = (col - 1.2, row - 1.2, col + 1.2, row + 1.2)
+        draw.ellipse(box, colours[min(label, len(NAMES))])
+    return out
+
+
+def world(folder: Path) -> Image.Image:
+    """Four domains side by side: the camera image, below it the points, and the classes."""
+    columns = []
+    for pair in layouts.PAIRS:
+        root = folder / "-".join(pair)
+        if not root.exists():
+            frames = {"source": 8, "target": 8, "val": 1, "test": 1}
+            layouts.write_world(root, *pair, frames, workers=1)
+        for name in pair:
+            domain, size = domains()[name], (112, 200)
+            index = prepare(root, domain, "train", "street6", size, folder / "cache")
+            columns.append((name, original_frame(index, SHOWN[name])))
+    height, width = columns[0][1].image.shape[:2]
+    gap, font = 8, ImageFont.load_default(size=20)
+    out = Image.new("RGB", (4 * width + 3 * gap, 2 * height + gap + 40), report.BACKGROUND)
+    draw = ImageDraw.Draw(out)
+    for i, (name, frame) in enumerate(columns):
+        x = i * (width + gap)
+        out.paste(Image.fromarray(frame.image), (x, 0))
+        out.paste(points_picture(frame), (x, height + gap))
+        draw.text((x + 10, 6), name, report.INK, font, stroke_width=2, stroke_fill=report.DARK)
+    x, y = 12, 2 * height + gap + 20
+    for name, colour in zip(NAMES, report.palette(NAMES), strict=True):
+        draw.ellipse((x, y - 8, x + 16, y + 8), colour)
+        draw.text((x + 26, y), name, report.INK, font, anchor="lm")
+        x += 60 + round(font.getlength(name))
+    return out
+
+
+def predictions(run: Path) -> tuple[Image.Image, Image.Image]:
+    """A prediction beside the truth, and on another frame where it is wrong."""
+    record = runs.read_record(run)
+    assert record is not None, f"{run}: there is no run.json"
+    system = ftdpp.load(run)
+    target = runs.recorded_source(record, "tgt")
+    index = target.index("test", system.recipe, Path(record["cache"]))
+    pages = []
+    for i, shown in zip(TESTED, (slice(0, 2), slice(2, 3)), strict=True):
+        [label] = evaluate.predict_frames(system, index, range(i, i + 1))
+        frame = original_frame(index, i)
+        title = f"{target.domain} test: {system.recipe.method}, {system.recipe.steps} iterations"
+        pages.append(report.page(frame, report.panels_of(frame, label)[shown], NAMES, title, 1280))
+    return pages[0], pages[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", nargs="?", type=Path)
+    parser.add_argument("world", nargs="?", type=Path)
+    args = parser.parse_args()
+    (HERE / "ftdpp.svg").write_text(figure())
+    if args.run is not None:
+        for name, picture in zip(("prediction", "overlay"), predictions(args.run), strict=True):
+            save(picture, f"{name}.jpg")
+    if args.world is not None:
+        save(world(args.world), "world.jpg")
+
+
+if __name__ == "__main__":
+    main()

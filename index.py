@@ -1,0 +1,419 @@
+"""The prepared index: the frames of a split, projected once, in flat memory-mapped files.
+
+`prepare` reads the frames of a split, keeps the points that fall into the image, resizes the image
+and writes both; `Index.frame` reads one frame back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ftdpp.data import CLASS_SETS, UNLABELLED, Frame, class_table
+from ftdpp.files import Progress, locked
+from ftdpp.readers import (
+    READERS,
+    Array,
+    DataError,
+    Domain,
+    FrameRef,
+    domains,
+    list_frames,
+    plural,
+    reader_of,
+    stamp,
+)
+
+FORMAT = 1  # version of the prepared index; a change makes old ones stale
+CHUNK = 32  # frames between two checkpoints of `prepare`
+
+Record = dict[str, Any]  # what the index knows of a frame: token, number of points, image size, ...
+
+# Flat files NAME.bin, each the arrays of all frames one after another, and the types in them.
+_TYPES: dict[str, type[np.generic]] = {
+    "xyz": np.float32,
+    "pixel": np.int16,
+    "label": np.uint8,
+    "image": np.uint8,
+}
+
+
+def _shapes(record: Record) -> dict[str, tuple[int, ...]]:
+    points, (height, width) = record["points"], record["shape"]
+    return {
+        "xyz": (points, 3), "pixel": (points, 2), "label": (points,), "image": (height, width, 3),
+    }  # fmt: skip
+
+
+def _ends(records: Sequence[Record]) -> dict[str, list[int]]:
+    """For each flat file 0, and behind which byte each frame ends."""
+    ends = {name: [0] for name in _TYPES}
+    for record in records:
+        for name, shape in _shapes(record).items():
+            length = math.prod(shape) * np.dtype(_TYPES[name]).itemsize
+            ends[name].append(ends[name][-1] + length)
+    return ends
+
+
+def _title(domain: str, split: str | None, frames: Sequence[str] | None) -> str:
+    if split is not None:
+        return f"{domain}/{split}"
+    return f"{domain}, all splits" if frames is None else f"{domain}, chosen frames"
+
+
+def _sha(*parts: Any) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        text = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()
+        digest.update(text)
+    return digest.hexdigest()
+
+
+def _frame_sha(frame: Frame) -> str:
+    arrays = (frame.xyz, frame.pixel, frame.label, frame.image)
+    content = (np.ascontiguousarray(array).tobytes() for array in arrays)
+    return _sha(frame.token, list(frame.image.shape), *content)
+
+
+class Index:
+    """A prepared split: memory-mapped flat arrays (raw bytes) and a JSON file.
+
+    Holds no data in memory. Frames without a point in the image are not in it. Raises DataError if
+    the folder is incomplete or damaged.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        file = self.path / "meta.json"
+        try:
+            meta = json.loads(file.read_text())
+            self.identity: dict[str, Any] = meta["identity"]
+            self.fingerprint: dict[str, Any] = meta["fingerprint"]
+            self._records: list[Record] = [r for r in meta["frames"] if r["points"]]
+            self.tokens: list[str] = [r["token"] for r in self._records]
+            self._ends = _ends(self._records)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{file}: missing or unreadable ({type(error).__name__}); prepare the data again"
+            ) from None
+        self._maps: dict[str, Array] = {}
+        for name, ends in self._ends.items():
+            file = self.path / f"{name}.bin"
+            size = stamp(file)[1]
+            if size != ends[-1]:
+                raise DataError(
+                    f"{file}: damaged, {size} bytes, expected {ends[-1]}; prepare the data again"
+                )
+            self._maps[name] = np.memmap(file, np.uint8, "r")
+
+    def __reduce__(self) -> tuple[type[Index], tuple[Path]]:
+        # A loading process maps the files itself; the arrays would travel whole.
+        return Index, (self.path,)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def title(self) -> str:
+        """What it holds: "DOMAIN/SPLIT", "DOMAIN, chosen frames" or "DOMAIN, all splits"."""
+        i = self.identity
+        return _title(i["domain"], i["split"], i["frames"])
+
+    def frame(self, i: int) -> Frame:
+        """Frame i; its arrays are read-only views of the files.
+
+        Raises IndexError beyond the last one.
+        """
+        i = range(len(self))[i]
+        record = self._records[i]
+        arrays = {}
+        for name, shape in _shapes(record).items():
+            content = self._maps[name][slice(*self._ends[name][i : i + 2])]
+            arrays[name] = content.view(_TYPES[name]).reshape(shape)
+        return Frame(token=record["token"], has_label=record["has_label"], **arrays)
+
+    def counts(self) -> Array:
+        """Points per class, i64 (K,); ignored points are not in it."""
+        return np.array(self.fingerprint["points_per_class"], np.int64)
+
+
+def require_labels(index: Index) -> None:
+    """Raises DataError if a frame has no labels: for splits that train with labels or test."""
+    missing = index.fingerprint["unlabelled_frames"]
+    if missing:
+        raise DataError(
+            f"{index.identity['root']}: {missing} of {plural(len(index), 'frame')} of "
+            f"{index.title} without labels; expected "
+            f"{READERS[index.identity['dataset']].label_files}; "
+            "add them, or use this split as an unlabelled target"
+        )
+
+
+def original_frame(index: Index, i: int) -> Frame:
+    """Frame i of an index with its image and pixels at the original size, for pictures.
+
+    Reads the frame again from the root that the index was made from. Points and labels are those of
+    `index.frame(i)`. Raises DataError if the data is gone or no longer the same.
+    """
+    stored, identity = index.frame(i), index.identity
+    domain, root = domains()[identity["domain"]], identity["root"]
+    (ref,) = list_frames(root, domain, identity["split"], identity["version"], [stored.token])
+    reader = reader_of(domain)
+    table = class_table(reader, identity["classes"], reader.categories(ref))
+    frame, _ = _prepare_frame(ref, table, None)
+    same = np.array_equal(frame.xyz, stored.xyz) and np.array_equal(frame.label, stored.label)
+    if not same:
+        raise DataError(
+            f"{root}: frame {stored.token} has changed since {index.path} was prepared; "
+            "prepare the data again"
+        )
+    return frame
+
+
+def resized(
+    image: Image.Image, row_col: Array, size: tuple[int, int] | None
+) -> tuple[Array, Array]:
+    """An image and pixels (n,2) in it, at another size (H, W); None keeps the size.
+
+    Returns the image (H,W,3) u8, bilinear, and the pixels i16, scaled as in the released code:
+    int(H / H_original * floor(row)).
+    """
+    pixel = np.floor(row_col).astype(np.float64)
+    if size is not None and size != (image.height, image.width):
+        pixel = pixel * np.array([size[0] / image.height, size[1] / image.width])
+        image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    return np.asarray(image), pixel.astype(np.int16)
+
+
+def _prepare_frame(ref: FrameRef, table: Array, size: tuple[int, int] | None) -> tuple[Frame, int]:
+    """Read and project a frame. Also returns how many non-finite points were dropped."""
+    reader = READERS[ref.reader]
+    raw = reader.read(ref)
+    found = (raw.image.height, raw.image.width)
+    if ref.image_size is not None and found != ref.image_size:
+        raise DataError(
+            f"{ref.image_path}: image is {found} (H, W), the data set says {ref.image_size}; "
+            "restore it"
+        )
+    if raw.labels is not None and len(raw.labels) != len(raw.points):
+        raise DataError(
+            f"{ref.label_path}: {len(raw.labels)} labels for {len(raw.points)} points; "
+            "download both again"
+        )
+    if raw.labels is not None and raw.labels.max(initial=0) >= len(table):
+        raise DataError(
+            f"{ref.label_path}: label id {raw.labels.max()}, expected < {len(table)}; "
+            "restore the file"
+        )
+    rows = np.flatnonzero(np.isfinite(raw.points[:, :3]).all(1))
+    dropped = len(raw.points) - len(rows)
+    kept, row_col = reader.project(raw.points[rows, :3], ref.calib, found)
+    rows = rows[kept]
+    image, pixel = resized(raw.image, row_col, size)
+    label = np.full(len(rows), UNLABELLED, np.uint8)
+    if raw.labels is not None:
+        label = table[raw.labels[rows]]
+    frame = Frame(ref.token, raw.points[rows, :3], pixel, label, raw.labels is not None, image)
+    return frame, dropped
+
+
+def prepare(
+    root: str | Path,
+    domain: Domain,
+    split: str | None,
+    classes: str,
+    size: tuple[int, int] | None,
+    cache: str | Path,
+    version: str | None = None,
+    frames: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> Index:
+    """Write the index of a split below `cache`, or open it if it is there and still valid.
+
+    An interrupted call goes on where it stopped; a finished index appears under its name in one
+    rename. An index that is damaged, or whose data changed, is built anew, and `progress` is told
+    why.
+
+    Args:
+        split, version, frames: as in `list_frames`.
+        classes: name of a class set.
+        size: (H, W) of the stored images; None keeps the originals, which may differ in size.
+    Raises:
+        DataError: anything in the data that cannot be used.
+    """
+    root, tell = Path(root).expanduser().resolve(), progress or (lambda done, total, what: None)
+    if classes not in CLASS_SETS:
+        raise DataError(f"no class set {classes!r}: type one of {', '.join(CLASS_SETS)}")
+    refs, reader = list_frames(root, domain, split, version, frames), reader_of(domain)
+    if not refs:
+        raise DataError(
+            f"{root}: no frame of {_title(domain.name, split, frames)}; to see what there is, "
+            f"type: ftd data check {root} --domain {domain.name}"
+        )
+    own = {path for ref in refs for path in ref.files}
+    stamps = [stamp(path) for path in sorted(own.union(reader.tables(root, version, refs)))]
+    absent = [path for path, length, _ in stamps if length < 0 and Path(path) in own]
+    if absent:
+        more = f", and {plural(len(absent) - 1, 'more file')}" if len(absent) > 1 else ""
+        raise DataError(
+            f"{absent[0]}: missing{more}; download what is missing, or name the frames to use"
+        )
+    table = class_table(reader, classes, reader.categories(refs[0]))
+    identity = {
+        "format": FORMAT,
+        "root": str(root),
+        "version": reader.version(root, version),
+        "domain": domain.name,
+        "dataset": reader.name,
+        "split": split,
+        "classes": classes,
+        "size": size and list(size),
+        "frames": frames and sorted(frames),
+        "label_map": _sha(table.tobytes()),
+        "sources": _sha(stamps),
+    }
+    place = _sha([identity[key] for key in ("format", "root", "version", "frames")])[:8]
+    pixels = f"{size[0]}x{size[1]}" if size else "full"
+    final = Path(cache).expanduser() / f"{domain.name}-{split or 'all'}-{classes}-{pixels}-{place}"
+    with locked(final):
+        if final.exists():
+            why = _stale(final, identity)
+            if not why:
+                return Index(final)
+            tell(0, len(refs), f"building again, {why}")
+            shutil.rmtree(final)
+        partial = final.with_name(final.name + ".partial")
+        records = _write(partial, identity, refs, table, size, tell)
+        fingerprint = _fingerprint(records, identity, root, stamps)
+        if not fingerprint["frames"]:
+            raise DataError(
+                f"{root}: no point of {plural(len(refs), 'frame')} lies in its image; "
+                "the calibration does not fit"
+            )
+        meta = {"identity": identity, "fingerprint": fingerprint, "frames": records}
+        (partial / "meta.json").write_text(json.dumps(meta))
+        os.replace(partial, final)
+        # Only now: a kill just before the rename loses nothing.
+        (final / "progress.jsonl").unlink()
+        return Index(final)
+
+
+def _stale(final: Path, identity: dict[str, Any]) -> str:
+    """Why a stored index cannot be used; empty if it can."""
+    try:
+        stored = Index(final).identity
+    except DataError as error:
+        return str(error)
+    changed = [key for key in identity if stored.get(key) != identity[key]]
+    return f"changed since: {', '.join(changed)}" if changed else ""
+
+
+def _resume(partial: Path, identity: dict[str, Any]) -> list[Record]:
+    """Make `partial` ready to append to; returns the records of the frames that are in it.
+
+    progress.jsonl holds the identity, then a line a frame. The lines of a chunk are written after
+    its data has reached the disk, so what lies behind the last line's data is cut off.
+    """
+    journal = partial / "progress.jsonl"
+    records: list[Record] = []
+    try:
+        lines = journal.read_text().split("\n")[:-1]  # a torn last line has no newline
+        if json.loads(lines[0]) == identity:
+            records = [json.loads(line) for line in lines[1:]]
+    except (FileNotFoundError, ValueError, IndexError):
+        pass  # nothing to go on from
+    held = _ends([record for record in records if record["points"]])
+    ends = {partial / f"{name}.bin": places[-1] for name, places in held.items()}
+    if not records or any(stamp(file)[1] < end for file, end in ends.items()):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        records, ends = [], dict.fromkeys(ends, 0)
+    journal.write_text("".join(json.dumps(line) + "\n" for line in (identity, *records)))
+    for path, end in ends.items():
+        with path.open("ab") as file:
+            file.truncate(end)
+    return records
+
+
+def _write(
+    partial: Path,
+    identity: dict[str, Any],
+    refs: list[FrameRef],
+    table: Array,
+    size: tuple[int, int] | None,
+    tell: Progress,
+) -> list[Record]:
+    """Append the frames that `partial` lacks to its flat files; returns the records of all."""
+    classes = len(CLASS_SETS[identity["classes"]])
+    records = _resume(partial, identity)
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(min(8, os.cpu_count() or 1)))
+        journal = stack.enter_context((partial / "progress.jsonl").open("a"))
+        files = {name: stack.enter_context((partial / f"{name}.bin").open("ab")) for name in _TYPES}
+        for start in range(len(records), len(refs), CHUNK):
+            tell(start, len(refs), "preparing")
+            chunk = refs[start : start + CHUNK]
+            for frame, dropped in pool.map(lambda ref: _prepare_frame(ref, table, size), chunk):
+                if len(frame.xyz):
+                    for name, file in files.items():
+                        file.write(np.ascontiguousarray(getattr(frame, name)).tobytes())
+                records.append(_record(frame, dropped, classes))
+            for file in files.values():
+                file.flush()
+                os.fsync(file.fileno())
+            journal.write("".join(json.dumps(record) + "\n" for record in records[start:]))
+            journal.flush()
+            os.fsync(journal.fileno())
+        tell(len(refs), len(refs), "prepared")
+    return records
+
+
+def _record(frame: Frame, dropped: int, classes: int) -> Record:
+    counts = np.bincount(frame.label, minlength=256)
+    return {
+        "token": frame.token,
+        "points": len(frame.xyz),
+        "shape": list(frame.image.shape[:2]),
+        "has_label": frame.has_label,
+        "counts": counts[:classes].tolist(),
+        "ignored": int(counts[UNLABELLED]),
+        "dropped": dropped,
+        "sha": _frame_sha(frame),
+    }
+
+
+def _fingerprint(
+    records: list[Record], identity: dict[str, Any], root: Path, stamps: list[tuple[str, int, int]]
+) -> dict[str, Any]:
+    """What the index holds: equal for equal data on any machine, no absolute path, no time."""
+    kept = [r for r in records if r["points"]]
+    named = ("format", "version", "domain", "split", "classes", "size", "label_map")
+    sizes = [(Path(path).relative_to(root).as_posix(), length) for path, length, _ in stamps]
+    return {
+        **{key: identity[key] for key in named},
+        "class_names": CLASS_SETS[identity["classes"]],
+        "frames": len(kept),
+        "empty_frames": len(records) - len(kept),
+        "unlabelled_frames": sum(not r["has_label"] for r in kept),
+        "points": sum(r["points"] for r in kept),
+        "points_per_class": np.sum([r["counts"] for r in records], 0).tolist(),
+        "ignored": sum(r["ignored"] for r in kept),
+        "dropped_points": sum(r["dropped"] for r in records),
+        "content": _sha([r["sha"] for r in kept]),
+        "files": {
+            "count": sum(length >= 0 for _, length in sizes),
+            "bytes": sum(max(length, 0) for _, length in sizes),
+            "names_and_sizes": _sha(sizes),
+        },
+    }

@@ -1,0 +1,240 @@
+"""What readers share: the contract of a reader, what it hands over, checks of files and numbers.
+
+Conventions of every reader: points in metres in the LiDAR frame, pixels as (row, col), RGB images.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from PIL import Image
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class DataError(Exception):
+    """Data that cannot be used.
+
+    The message names the file, what was found, what was expected and what to do.
+    """
+
+
+# ---- what a reader hands over -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A part of a data set that serves as source or target, and its splits."""
+
+    name: str
+    reader: str  # key of READERS
+    flip_axis: int  # the 3D flip negates R[flip_axis, flip_axis]: 0 where the LiDAR looks along y
+    splits: tuple[str, ...]
+    frames: Mapping[str, int]  # split -> frames in the complete data set
+
+
+@dataclass(frozen=True)
+class Calib:
+    """From the LiDAR to pixels.
+
+    `steps` are rigid motions (quaternion wxyz, translation in metres, inverse?), applied in turn.
+    With steps, `camera` is the (3,3) intrinsic matrix behind them; without, it is one (3,4) matrix
+    from the LiDAR frame to homogeneous pixels.
+    """
+
+    steps: tuple[tuple[tuple[float, ...], tuple[float, ...], bool], ...]
+    camera: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class FrameRef:
+    """A frame that was listed: where it lies. Cheap to hold, nothing of it is read yet."""
+
+    token: str  # unique in the data set
+    scene: str
+    reader: str  # key of READERS
+    image_path: Path
+    points_path: Path
+    label_path: Path | None  # None: the frame has no labels
+    image_size: tuple[int, int] | None  # (H, W) where the data set states it
+    calib: Calib
+    categories: tuple[tuple[int, str], ...] = ()  # raw id, raw name: where the ids are data, too
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold this frame alone."""
+        paths = (self.image_path, self.points_path, self.label_path)
+        return [path for path in paths if path is not None]
+
+
+@dataclass
+class RawFrame:
+    """A frame as it lies on disk."""
+
+    points: Array  # (M, 4) f32: x, y, z, intensity
+    image: Image.Image
+    labels: Array | None  # (M,) raw ids
+
+
+# ---- the contract -------------------------------------------------------------------------------
+
+
+class Reader(ABC):
+    """A data set on disk. A new one is a subclass in a file of its own and a row in READERS."""
+
+    name: str  # key of READERS; prepared indexes store it
+    domains: tuple[Domain, ...]
+    # class set -> for each of its classes the raw names, as in "car, bus"; all others are ignored
+    classes: ClassVar[Mapping[str, tuple[str, ...]]]
+    label_files: str  # what to add where labels are missing
+    image: tuple[int, int] | None = None  # default (H, W) of prepared images; None: the original
+    crop: tuple[int, int] | None = None  # default (H, W) of the crop in training
+    aspect: float | None = None  # width / height, where images are much wider than 16:9
+
+    @abstractmethod
+    def list_frames(
+        self, root: Path, domain: Domain, split: str | None, version: str | None
+    ) -> list[FrameRef]:
+        """The frames of a split in a fixed order; `split` None: all frames of the domain.
+
+        No file of a frame is opened. Raises DataError for missing or unreadable tables.
+        """
+
+    @abstractmethod
+    def read(self, ref: FrameRef) -> RawFrame:
+        """Read one frame. Raises DataError for a missing, truncated or corrupt file."""
+
+    @abstractmethod
+    def project(self, xyz: Array, calib: Calib, image_size: tuple[int, int]) -> tuple[Array, Array]:
+        """Points (M,3) f32 -> rows that are kept (n,) i64, their pixels (n,2) f32, not rounded.
+
+        Kept are points in front of the camera and strictly inside the image (H, W).
+        """
+
+    @abstractmethod
+    def categories(self, ref: FrameRef) -> Mapping[int, str]:
+        """Raw label id -> raw name."""
+
+    def version(self, root: Path, version: str | None) -> str | None:
+        """The version that is read where `version` is asked for; None: there are no versions."""
+        return None
+
+    def tables(self, root: Path, version: str | None, refs: Sequence[FrameRef]) -> list[Path]:
+        """The files, beside the frames' own, that the content of these frames depends on."""
+        return []
+
+
+# ---- checks and small tools ---------------------------------------------------------------------
+
+
+def ids(ranges: str, digits: int = 4) -> frozenset[str]:
+    """Read "3 12-14" as {"0003", "0012", "0013", "0014"}."""
+    spans = ([int(end) for end in part.split("-")] for part in ranges.split())
+    return frozenset(f"{i:0{digits}}" for span in spans for i in range(span[0], span[-1] + 1))
+
+
+def rotation(quaternion: Sequence[float] | Array) -> Array:
+    """The (3,3) matrix of a quaternion (w, x, y, z), which need not have unit length."""
+    return unit_rotation(np.array(quaternion) / np.linalg.norm(quaternion))
+
+
+def unit_rotation(quaternion: Sequence[float] | Array) -> Array:
+    """The (3,3) matrix of a quaternion (w, x, y, z) of unit length."""
+    w, x, y, z = quaternion
+    return np.array(
+        [
+            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+        ]
+    )
+
+
+def inside_image(uvw: Array, rows: Array, image_size: tuple[int, int]) -> tuple[Array, Array]:
+    """Homogeneous pixels (3,n) of the points `rows` (n,) -> what `Reader.project` returns.
+
+    The comparison follows the rounding to single precision: a point that rounds onto the border
+    has no pixel.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):  # a depth of 0 has no pixel, either
+        row_col = (uvw[:2] / uvw[2]).T[:, ::-1].astype(np.float32)
+    inside = ((row_col > 0) & (row_col < np.array(image_size, np.float32))).all(1)
+    return rows[inside], row_col[inside]
+
+
+def make_calib(path: Path, steps: Iterable[tuple[Any, Any, bool]], camera: Any) -> Calib:
+    """A calibration from the numbers that `path` holds.
+
+    Raises DataError for what is no number or not finite: a NaN would silently empty every frame.
+    """
+    try:
+        calib = Calib(
+            tuple((tuple(map(float, q)), tuple(map(float, t)), inverse) for q, t, inverse in steps),
+            tuple(tuple(map(float, row)) for row in camera),
+        )
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{path}: calibration is not made of numbers ({error}); restore the original file"
+        ) from None
+    columns = 3 if calib.steps else 4
+    complete = [len(row) for row in calib.camera] == [columns] * 3 and all(
+        len(q) == 4 and len(t) == 3 and any(q) for q, t, _ in calib.steps
+    )
+    numbers = [x for row in calib.camera for x in row]
+    numbers += [x for q, t, _ in calib.steps for x in (*q, *t)]
+    if not complete or not all(map(math.isfinite, numbers)):
+        raise DataError(
+            f"{path}: calibration holds missing, zero or non-finite numbers; "
+            "restore the original file"
+        )
+    return calib
+
+
+def plural(count: int, noun: str) -> str:
+    """1, "frame" -> "1 frame"; 2, "frame" -> "2 frames"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def stamp(path: Path) -> tuple[str, int, int]:
+    """Path, size and modification time of a file; a missing one has size -1."""
+    try:
+        stat = path.stat()
+        return str(path), stat.st_size, stat.st_mtime_ns
+    except FileNotFoundError:
+        return str(path), -1, 0
+
+
+def _missing(path: Path) -> DataError:
+    return DataError(f"{path}: missing; download the part of the data set that holds it")
+
+
+def read_array(path: Path, dtype: type[np.generic], columns: int) -> Array:
+    """The numbers of a binary file, (N, columns). Raises DataError: missing, empty or truncated."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise _missing(path) from None
+    row = columns * np.dtype(dtype).itemsize
+    if not content or len(content) % row:
+        raise DataError(
+            f"{path}: {len(content)} bytes, expected a multiple of {row}; "
+            "truncated, download it again"
+        )
+    return np.frombuffer(content, dtype).reshape(-1, columns)
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image file in RGB. Raises DataError: missing or not readable."""
+    try:
+        with Image.open(path) as file:
+            return file.convert("RGB")
+    except FileNotFoundError:
+        raise _missing(path) from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{path}: not a readable image ({error}); download it again") from None

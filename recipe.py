@@ -1,0 +1,217 @@
+"""Settings of a run: the dataclass that every system shares, how `--set` is read, what is refused.
+
+A system that needs more settings subclasses `Recipe`. `systems.recipe` lays a scenario's row, a
+method's row, a preset and the user's overrides over one another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+from ftdpp.data import CLASS_SETS, GRID
+
+R = TypeVar("R", bound="Recipe")
+
+
+class RecipeError(ValueError):
+    """No such scenario, method, preset or setting, or a value that cannot work: a wrong command."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every number of a run. `ftd recipes` prints them; `--set name=value` overrides one."""
+
+    scenario: str = ""  # "usa-singapore"
+    method: str = ""  # a row of systems.METHODS
+    classes: str = "street6"  # class set, see data.CLASS_SETS
+    # optimisation: Adam with a step schedule
+    lr_2d: float = 1e-4
+    lr_3d: float = 1e-3
+    steps: int = 60_000
+    milestones: tuple[int, ...] = ()  # iterations at which the learning rates are multiplied ...
+    gamma: float = 0.1  # ... by this
+    batch: int = 8  # frames of a stream in one update
+    eval_batch: int = 8
+    val_every: int = 5_000
+    save_every: int = 5_000
+    class_weights: tuple[float, ...] = ()  # empty: computed from the labelled training points
+    # size of the networks and of the data
+    width_2d: int = 64  # channels of the 2D features
+    width_3d: int = 16  # channels of the 3D features
+    precision: str = "fp32"  # of the two trunks: fp32, or bf16 by autocast
+    image: tuple[int, int] = (225, 400)  # H, W; (0, 0) keeps the original size
+    crop: tuple[int, int] = (0, 0)  # training crop H, W; (0, 0) none
+    voxels_per_metre: float = 20.0
+
+    def image_size(self, aspect: float | None = None) -> tuple[int, int] | None:
+        """(H, W) that images are resized to; None keeps the original size.
+
+        Args:
+            aspect: width / height of images that are much wider than the recipe's. They keep the
+                recipe's height and are not squeezed: a model of nuScenes' 16:9 images then sees
+                KITTI's wide ones at the same scale.
+        """
+        if self.image == (0, 0):
+            return None
+        height, width = self.image
+        if aspect is not None and width < 2.5 * height:
+            return height, round(height * aspect)
+        return height, width
+
+    def rules(self) -> dict[str, bool]:
+        """Every condition that a recipe has to meet, in words, and whether this one meets it."""
+        periods = (self.steps, self.batch, self.eval_batch, self.val_every, self.save_every)
+        sizes = (self.image, self.crop)
+        weights = self.class_weights
+        return {
+            "steps, batch, eval_batch, val_every and save_every must be at least 1": (
+                min(periods) >= 1
+            ),
+            "precision must be fp32 or bf16": self.precision in ("fp32", "bf16"),
+            f"classes must be one of {', '.join(CLASS_SETS)}": self.classes in CLASS_SETS,
+            "learning rates must not be negative": min(self.lr_2d, self.lr_3d) >= 0,
+            "gamma must not be negative": self.gamma >= 0,
+            "image and crop want H,W; 0,0 for none": all(
+                len(size) == 2 and min(size) >= 0 for size in sizes
+            ),
+            # Narrower than 16, oneDNN's gradient of the strided 1x1 convolutions crashes
+            # (torch 2.13 on a CPU).
+            "width_2d must be at least 16 and a multiple of 8": (
+                self.width_2d >= 16 and self.width_2d % 8 == 0
+            ),
+            "width_3d must be a multiple of 4": self.width_3d > 0 and self.width_3d % 4 == 0,
+            f"voxels_per_metre must lie in 0..100: the grid has {GRID} voxels a side": (
+                0 < self.voxels_per_metre <= 100
+            ),
+            "class weights must not be negative, and one must be above 0": usable_weights(weights),
+        }
+
+    def unread(self) -> dict[str, str]:
+        """Settings that a run with this recipe never reads, each with the reason."""
+        return {}
+
+    def check(self) -> None:
+        """Raises RecipeError where a rule is broken."""
+        broken = [rule for rule, holds in self.rules().items() if not holds]
+        if broken:
+            raise RecipeError("; ".join(broken))
+
+
+# A network and a schedule of the same architecture that two CPU cores train in minutes: narrower,
+# smaller images, voxels of 10 cm. Without ImageNet weights the 2D branch starts from nothing, so it
+# learns at a higher rate, and 3D at a rate that makes up for few steps; the class weights follow
+# from the data. The drop of the rate at the end lets the running statistics (momentum 0.01 in 3D)
+# catch up with the weights before they are used.
+SMALL: dict[str, Any] = {
+    "width_2d": 16,
+    "width_3d": 8,
+    "image": (112, 200),
+    "voxels_per_metre": 10.0,
+    "batch": 4,
+    "steps": 960,
+    "milestones": (720,),
+    "gamma": 0.1,
+    "lr_2d": 2e-3,
+    "lr_3d": 6e-3,
+    "val_every": 240,
+    "save_every": 240,
+    "class_weights": (),
+}
+SMALL_CROPPED: dict[str, Any] = {"image": (112, 371), "crop": (112, 200)}  # for KITTI's wide images
+
+
+def usable_weights(weights: Sequence[float]) -> bool:
+    """Whether these can weight classes; no weights at all can, too: they are computed."""
+    return not weights or (min(weights) >= 0 and max(weights) > 0)
+
+
+def unknown(what: str, found: str, known: Sequence[str]) -> RecipeError:
+    """The error for a misspelt name, with the closest known one."""
+    close = get_close_matches(found, known, 1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return RecipeError(f"unknown {what} {found!r}; {hint}known: {', '.join(known)}")
+
+
+def settings(cls: type[Recipe]) -> dict[str, str]:
+    """The settings that `--set` may name, and their types in words."""
+    return {
+        f.name: str(f.type) for f in dataclasses.fields(cls) if f.name not in ("scenario", "method")
+    }
+
+
+def given_names(overrides: Sequence[str]) -> list[str]:
+    """The settings that "name=value" strings name. Raises RecipeError for another form."""
+    for text in overrides:
+        if "=" not in text:
+            raise RecipeError(f"--set wants name=value; found {text!r}")
+    return [text.partition("=")[0] for text in overrides]
+
+
+def settings_of(r: Recipe, names: Sequence[str]) -> tuple[str, ...]:
+    """Settings of a recipe as "name=value", in the form in which `--set` takes them, each once."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, tuple):
+            return ",".join(str(part) for part in value)
+        return str(value).lower() if isinstance(value, bool) else str(value)
+
+    return tuple(f"{name}={text(getattr(r, name))}" for name in dict.fromkeys(names))
+
+
+def override(base: R, overrides: Sequence[str]) -> R:
+    """The recipe with "name=value" strings laid over it; a tuple is written 40,50.
+
+    Raises:
+        RecipeError: an unknown name (with the closest known one), a value of another type, or a
+            setting that this recipe's method does not read.
+    """
+    kinds, unread, made = settings(type(base)), base.unread(), base
+    for name, text in zip(given_names(overrides), overrides, strict=True):
+        if name not in kinds:
+            raise unknown("setting", name, list(kinds))
+        if name in unread:
+            raise RecipeError(f"--set {text}: {base.method} does not read it: {unread[name]}")
+        value = _parse(name, text.partition("=")[2], getattr(base, name), kinds[name])
+        made = dataclasses.replace(made, **{name: value})
+    return made
+
+
+def _parse(name: str, text: str, old: Any, kind: str) -> Any:
+    try:
+        if isinstance(old, bool):
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if isinstance(old, tuple):
+            number = float if "float" in kind else int
+            value: Any = tuple(number(part) for part in text.split(",") if part)
+            numbers = value
+        else:
+            value = type(old)(text)
+            numbers = (value,)
+        if any(isinstance(n, float) and not math.isfinite(n) for n in numbers):
+            raise ValueError
+        return value
+    except (ValueError, KeyError):
+        raise RecipeError(f"--set {name}={text}: expected {kind}, as in {name}={old}") from None
+
+
+def from_dict(cls: type[R], values: Mapping[str, Any]) -> R:
+    """A recipe from a checkpoint's metadata. A setting that came later has its default.
+
+    Raises:
+        RecipeError: it has a setting, or a class set, that this version does not know.
+    """
+    known = {f.name for f in dataclasses.fields(cls)}
+    for name in sorted(values.keys() - known):
+        raise RecipeError(f"the setting {name!r}, which this version does not know")
+    stored: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+    made = cls(**stored)
+    if made.classes not in CLASS_SETS:
+        raise RecipeError(f"the class set {made.classes!r}, which this version does not know")
+    return made

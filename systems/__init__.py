@@ -1,0 +1,240 @@
+"""What a system is, and which methods there are.
+
+The training loop, the evaluator, checkpoints and the command line know a system by `System` and
+nothing else. A new method is a module with a subclass of `System` and a row in `METHODS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from ftdpp import readers
+from ftdpp.data import Batch, common_class_sets
+from ftdpp.recipe import SMALL, SMALL_CROPPED, Recipe, RecipeError, override, unknown
+
+# ---- chance ------------------------------------------------------------------------------------
+
+# What a generator is for; keeps the sequences of random numbers apart.
+ORDER, AUGMENT, COIN, DROPOUT, INIT = range(5)
+
+
+def generator(seed: int, *purpose: int) -> np.random.Generator:
+    """The random numbers of a run for one purpose."""
+    return np.random.default_rng([seed, *purpose])
+
+
+def seed_torch(seed: int, *purpose: int) -> None:
+    """Seed PyTorch's own generators, from which initial weights and dropout are drawn."""
+    torch.manual_seed(int(generator(seed, *purpose).integers(2**62)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chance:
+    """All chance of one iteration: a function of the seed and the iteration, nothing is stored."""
+
+    seed: int
+    iteration: int  # from 0
+
+    def coin(self) -> bool:
+        """A coin flip, the same one whenever it is asked for."""
+        return bool(generator(self.seed, COIN, self.iteration).random() < 0.5)
+
+    def seed_dropout(self) -> None:
+        seed_torch(self.seed, DROPOUT, self.iteration)
+
+
+# ---- the contract ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """One of the batches that an update receives: where its frames come from."""
+
+    side: str  # domain: "src" or "tgt"
+    split: str
+    frames: int  # of one batch
+    labels: bool  # whether its labels are read; then every frame has to have them
+    number: int  # keeps its chance (order of frames, augmentation) apart from other streams'
+    weights: str = ""  # the setting that holds its class weights, computed where it is empty
+    pseudo: bool = False  # whether it receives the pseudo-labels of a first stage
+
+
+class System(nn.Module):
+    """A trainable method. Its state dict is the checkpoint.
+
+    Args:
+        r: the recipe, of this class's `Recipe`. seed: of the initial weights.
+        training: False leaves out the networks that prediction does not need.
+    """
+
+    Recipe: ClassVar[type[Recipe]] = Recipe
+    heads: ClassVar[tuple[str, ...]] = ("2d", "3d", "2d+3d")  # keys of predict(); the last one
+    # chooses the best checkpoint
+    pseudo_heads: ClassVar[tuple[str, ...]] = ("2d", "3d")  # what `ftd pseudo` stores
+    training_only: ClassVar[tuple[str, ...]] = ()  # networks that only training needs
+
+    # Settings by scenario; for pairs of domains that no row is about; of the preset `small`.
+    scenarios: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    default: ClassVar[Mapping[str, Any]] = {}
+    small: ClassVar[Mapping[str, Any]] = SMALL
+
+    recipe: Any  # Recipe; a subclass reads settings of its own
+
+    def __init__(self, r: Any, seed: int = 0, training: bool = True) -> None:
+        super().__init__()
+        self.recipe = r
+
+    @staticmethod
+    def streams(r: Any) -> dict[str, Stream]:
+        """The batches that `forward` receives."""
+        raise TypeError("a system names its streams")
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """One a phase, in the order in which the phases of an iteration run."""
+        raise TypeError("a system names its optimizers")
+
+    def forward(self, phase: str, batches: dict[str, Batch], chance: Chance) -> dict[str, Tensor]:
+        """The loss terms of one update, weighted: their sum is minimised, they are logged."""
+        raise TypeError("a system computes its losses")
+
+    def after_step(self, iteration: int) -> None:
+        """Called after the last phase of an iteration, counted from 1."""
+
+    def predict(self, batch: Batch) -> dict[str, Tensor]:
+        """Probabilities (N, K) of every head."""
+        raise TypeError("a system predicts")
+
+    def encoders(self) -> list[nn.Module]:
+        """The networks that ImageNet weights go into."""
+        return []
+
+    @classmethod
+    def cost(cls, r: Any) -> float:
+        """Work of one iteration in forward passes of a frame, for estimates of time."""
+        return 3.0 * sum(stream.frames for stream in cls.streams(r).values())
+
+
+# ---- methods -----------------------------------------------------------------------------------
+
+
+class Method(NamedTuple):
+    """A row of `METHODS`: a system and the settings that make it this method."""
+
+    module: str  # below ftdpp.systems; with a dot in it, any module
+    settings: Mapping[str, Any] = {}
+    semi_supervised: bool = False  # whether it can use labelled target frames beside the source
+
+    def system(self) -> type[System]:
+        """The class `System` of its module."""
+        name = self.module if "." in self.module else f"ftdpp.systems.{self.module}"
+        return import_module(name).System
+
+
+_NO_TEACHER = {"distill_single": 0.0, "distill_fused": 0.0, "student_mix": 1.0}
+_NO_MIMICRY = {"mimic_src": 0.0, "mimic_tgt": 0.0}
+_XMUDA = {**_NO_TEACHER, "fusion": False, "ce_3d": 1.0, "pseudo_debias": False}
+
+METHODS: dict[str, Method] = {
+    "source-only": Method("family", {**_XMUDA, **_NO_MIMICRY}),
+    "source-only-fusion": Method("ftdpp", {**_NO_TEACHER, **_NO_MIMICRY}),
+    "xmuda": Method("family", _XMUDA, semi_supervised=True),
+    "ftdpp": Method("ftdpp", semi_supervised=True),
+    "target-only": Method(
+        "family", {**_XMUDA, **_NO_MIMICRY, "supervised": "target", "class_weights": ()}
+    ),
+}
+PRESETS = ("paper", "small")
+
+
+def recipe(
+    scenario: str,
+    method: str = "ftdpp",
+    preset: str = "paper",
+    pseudo: bool = False,
+    overrides: Sequence[str] = (),
+) -> Any:
+    """The recipe of a run: scenario row, method row, preset, second stage, user's overrides.
+
+    Args:
+        scenario: SOURCE-TARGET, with -ssda behind it for semi-supervised adaptation.
+        pseudo: second stage, on pseudo-labels.
+        overrides: "name=value" strings, parsed to the setting's type; a tuple is written 40,50.
+    Returns:
+        an instance of the system's own `Recipe`.
+    Raises:
+        RecipeError: an unknown name (with the closest known one), a value that cannot work, or a
+            setting that the method does not read.
+    """
+    for what, found, known in (
+        ("method", method, list(METHODS)),
+        ("preset", preset, list(PRESETS)),
+    ):
+        if found not in known:
+            raise unknown(what, found, known)
+    row = METHODS[method]
+    system = row.system()
+    if scenario.endswith("-ssda") and not row.semi_supervised:
+        able = ", ".join(name for name, other in METHODS.items() if other.semi_supervised)
+        raise RecipeError(f"{method} has no semi-supervised form; drop --ssda, or use: {able}")
+    scenario_row = system.scenarios.get(scenario)
+    if scenario_row is None:
+        scenario_row = {**system.default, **default_row(scenario, list(system.scenarios))}
+    values = {**scenario_row, **row.settings}
+    if preset == "small":
+        values |= {**system.small, **(SMALL_CROPPED if "crop" in values else {})}
+    if pseudo:
+        if not any(f.name == "pseudo" for f in dataclasses.fields(system.Recipe)):
+            raise RecipeError(f"{method} has no second stage on pseudo-labels; drop --pseudo")
+        values |= {"pseudo": 1.0}
+    base: Any = system.Recipe(scenario=scenario, method=method, **values)
+    made = override(base, overrides)
+    made.check()
+    if pseudo and not made.pseudo:
+        raise RecipeError("--pseudo needs a pseudo weight above 0")
+    return made
+
+
+def in_paper(r: Recipe) -> bool:
+    """Whether the scenario has a row of its own; if not, `default_row` was taken."""
+    return r.scenario in METHODS[r.method].system().scenarios
+
+
+def default_row(scenario: str, known: Sequence[str]) -> dict[str, Any]:
+    """Settings for a pair of domains that no paper uses: the first class set that they share.
+
+    Raises:
+        RecipeError: an unknown domain, no common class set, or no labelled part of the target.
+    """
+    domains = readers.domains()
+    names = scenario.removesuffix("-ssda").split("-")
+    if len(names) != 2:
+        raise unknown("scenario", scenario, known)
+    for name in names:
+        if name not in domains:
+            raise unknown("domain", name, list(domains))
+    source, target = (domains[name] for name in names)
+    shared = common_class_sets(source, target)
+    if not shared:
+        raise RecipeError(f"{source.name} and {target.name} have no class set in common")
+    reader = readers.reader_of(target)
+    row: dict[str, Any] = {"classes": shared[0], "image": reader.image or (0, 0)}
+    if reader.crop is not None:  # images of different sizes: crops in training, one at a time else
+        row |= {"crop": reader.crop, "batch": 4, "eval_batch": 1}
+    if scenario.endswith("-ssda"):
+        if "train_labelled" not in target.splits:
+            raise RecipeError(f"--ssda: {target.name} has no split train_labelled; drop --ssda")
+        row |= {"supervised": "both"}
+    return row
+
+
+def build(r: Recipe, seed: int = 0, training: bool = True) -> Any:
+    """The system of a recipe, with the initial weights of a seed."""
+    return METHODS[r.method].system()(r, seed, training)

@@ -1,0 +1,220 @@
+"""The command line: refusals, exit codes, choices that are announced, looking at data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ftdpp import kernels, machine
+from ftdpp.ftd import app
+from ftdpp.tests.commands import ftd, train_args, words
+from ftdpp.world import layouts
+
+pytestmark = pytest.mark.usefixtures("on_a_cpu")
+
+PAIR = ("train", "--src", "usa", "--tgt", "singapore")
+
+
+@pytest.mark.parametrize(("args", "code", "expected"), [
+    (("train", "--src", "usa", "--tgt", "singapor"), 2, "did you mean 'singapore'"),
+    ((*PAIR, "--method", "ftd++"), 2, "did you mean 'ftdpp'"),
+    ((*PAIR, "--set", "lrr_3d=1"), 2, "did you mean 'lr_3d'"),
+    (("train", "--src", "usa"), 2, "--tgt missing"),
+    (("train",), 2, "--src and --tgt missing"),
+    ((*PAIR, "--preset", "small", "--pretrained", "download"), 2, "--preset paper"),
+    ((*PAIR, "--preset", "paper", "--pretrained", "/nope.pth"), 2, "/nope.pth"),
+    ((*PAIR, "--preset", "paper", "--pretrained", __file__), 2, "not a PyTorch file"),
+    ((*PAIR, "--ssda", "--tgt-frames", "a"), 2, "--tgt-frames"),
+    ((*PAIR, "--src-frames", ""), 2, "--src-frames: expected tokens"),
+    ((*PAIR, "--set", "teacher_image=fad"), 2, "coin or fda"),
+    ((*PAIR, "--set", "pseudo=1"), 2, "--pseudo FILE"),
+    ((*PAIR, "--method", "source-only", "--set", "distill_single=1"), 2, "no teacher"),
+    ((*PAIR, "--set", "width_2d=8"), 2, "at least 16"),
+    ((*PAIR, "--set", "width_2d=17"), 2, "multiple of 8"),
+    ((*PAIR, "--set", "width_2d=48"), 2, "multiple of width_2d/8"),
+    ((*PAIR, "--set", "width_3d=6"), 2, "multiple of 4"),
+    ((*PAIR, "--set", "gamma=-1"), 2, "gamma"),
+    ((*PAIR, "--set", "class_weights=-1,1,1,1,1,1"), 2, "not be negative"),
+    ((*PAIR, "--set", "class_weights=1,nan,1,1,1,1"), 2, "expected tuple"),
+    ((*PAIR, "--ssda", "--set", "class_weights_tgt=0,0,0,0,0,0"), 2, "above 0"),
+    ((*PAIR, "--set", "voxels_per_metre=600"), 2, "0..100"),
+    ((*PAIR, "--set", "class_weights=0,0,0,0,0,0"), 2, "above 0"),
+    ((*PAIR, "--src-data", "/"), 2, "--tgt-data"),
+    ((*PAIR, "--data-version", "v9"), 2, "built-in world has no versions"),
+    ((*PAIR, "--device", "meta"), 2, "only cpu and cuda"),
+    ((*PAIR, "--seed", "-1"), 2, "--seed"),
+    ((*PAIR, "--threads", "0"), 2, "--threads"),
+    ((*PAIR, "--pseudo", "/nope"), 2, "ftd pseudo RUN --out /nope"),
+    ((*PAIR, "--pseudo", __file__), 1, "not a readable safetensors file"),
+    ((*PAIR, "--data", "/nowhere"), 3, "/nowhere: there is no such folder"),
+    (("train", "--src", "skitti", "--tgt", "skitti"), 2, "--data"),
+    (("train", "--src", "usa", "--tgt", "night"), 2, "no built-in world for usa -> night"),
+    (("compare", "--seeds", "-1"), 2, "from 0 on"),
+    (("compare", "--out", "/proc/x"), 2, "/proc/x: cannot be written"),
+    (("compare", "--seeds", "a"), 2, "--seeds"),
+    (("compare", "--methods", "ftdpp+x"), 2, "NAME+pl"),
+    (("compare", "--methods", "source-only", "--set", "ema=0.9"), 2, "none of source-only reads"),
+    (("compare", "--ssda", "--methods", "source-only"), 2, "no semi-supervised form"),
+    (("compare", "--preset", "small", "--pretrained", "download"), 2, "width 64 only"),
+    (("compare", "--src", "singapore", "--tgt", "usa"), 2, "no val split"),
+    (("compare", "--cache", __file__), 2, "is a file; name a folder"),
+    (("eval", "/nowhere"), 1, "/nowhere: no such run folder"),
+    (("eval", __file__.replace(".py", ".pth")), 1, "no such run folder"),
+    (("pseudo", "/nowhere", "--out", "x"), 1, "/nowhere: no such run folder"),
+    (("pseudo", "/nowhere", "--out", "/proc/x"), 2, "/proc/x: cannot be written"),
+    (("pseudo", "/nowhere", "--out", "/"), 2, "is a folder"),
+    (("data", "synth", "/proc/x"), 2, "/proc/x: cannot be written"),
+    (("data", "synth", "/tmp/x", "--src", "usa", "--tgt", "night"), 2, "no scenario for usa"),
+    (("data", "synth", "/tmp/x", "--frames", "1,2"), 2, "expected four numbers"),
+    (("data", "check", "/nowhere", "--domain", "usa"), 3, "/nowhere: there is no such folder"),
+    (("data", "check", "/", "--domain", "moon"), 2, "unknown domain"),
+    (("data", "prepare", "/", "--domain", "usa", "--size", "0,3"), 2, "at least 1,1"),
+    (("recipes", "--scenario", "usa-moon"), 2, "unknown domain 'moon'"),
+    (("frobnicate",), 2, "frobnicate"),
+])  # fmt: skip
+def test_bad_commands(args: tuple[str, ...], code: int, expected: str, tmp_path: Path) -> None:
+    """Refused with what to type, before anything is built."""
+    more = ["--out", tmp_path / "run", "--cache", tmp_path / "cache"]
+    result = ftd(*args, *(more if args[0] == "train" else []))
+    assert result.exit_code == code, result.output
+    assert expected in words(result)
+    assert not list(tmp_path.iterdir())
+
+
+def test_version_and_help() -> None:
+    assert ftd("--version").output.startswith("ftd 0.")
+    assert "train" in ftd("-h").output
+    assert "--resume" in ftd("train", "-h").output
+
+
+def test_help_is_immediate() -> None:
+    """It must not import torch."""
+    heavy = "'torch' in sys.modules or 'numpy' in sys.modules"
+    code = f"import sys, ftdpp; from ftdpp import ftd; sys.exit({heavy})"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_choice_is_announced_with_its_reason(finished: Path) -> None:
+    said = " ".join((finished / "stderr.txt").read_text().split())
+    for choice in ("scenario", "threads", "device", "kernels", "cache", "precision", "workers"):
+        assert choice in said
+    assert "--threads" in said and "--preset" in said
+    assert "labelled 4 frames" in said and "adaptation; its labels are never read" in said
+
+
+def test_threads_are_set_and_recorded(finished: Path) -> None:
+    assert json.loads((finished / "run.json").read_text())["threads"] == 1
+    assert machine.free_threads()[0] >= 1
+
+
+def test_the_folder_is_named_by_the_settings(
+    world: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = [*PAIR, "--method", "ftdpp", "--preset", "small", "--data", world, "--cache", cache]
+    args += ["--set", "image=48,88", "--set", "fusion=0", "--steps", 1, "--threads", 1]
+    result = ftd(*args)
+    assert result.exit_code == 0, result.output
+    [run] = (tmp_path / "runs").iterdir()
+    assert run.name == "usa-singapore-ftdpp[image=48,88,fusion=false,steps=1]-seed0"
+    assert "ftdpp, image=48,88, fusion=false, steps=1" in words(result)
+    result = ftd("eval", run, "--cache", cache, "--split", "val")
+    assert "ftdpp, image=48,88, fusion=false, steps=1" in words(result)
+
+
+def test_recipes_command() -> None:
+    result = CliRunner().invoke(app, ["recipes", "--json"])
+    assert result.exit_code == 0
+    table = json.loads(result.stdout)
+    assert table["day-night"]["ftdpp"]["student_mix"] == 0.8
+    assert "usa-singapore" in ftd("recipes").output
+    one = json.loads(
+        CliRunner()
+        .invoke(app, ["recipes", "--json", "--scenario", "singapore-usa", "--method", "xmuda"])
+        .stdout
+    )
+    assert list(one) == ["singapore-usa"] and list(one["singapore-usa"]) == ["xmuda"]
+
+
+def test_data_commands(world: Path, cache: Path, tmp_path: Path) -> None:
+    result = ftd("data", "check", world, "--domain", "singapore")
+    assert result.exit_code == 0, result.output
+    prepare = ("data", "prepare", world, "--domain", "singapore", "--cache", cache)
+    result = ftd(*prepare, "--split", "val", "--size", "48,88")
+    assert result.exit_code == 0, result.output
+    assert "2 frames" in result.output
+    assert ftd("data", "synth", world).exit_code == 2, "an existing folder is not overwritten"
+    night = ("--src", "day", "--tgt", "night", "--frames", "1,1,1,1", "--workers", 1)
+    result = ftd("data", "synth", tmp_path / "w", *night)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "w" / "v1.0-trainval" / "sample.json").exists()
+
+
+def test_data_check_and_prepare_exit_3_where_something_is_missing(
+    world: Path, tmp_path: Path
+) -> None:
+    part = tmp_path / "part"
+    shutil.copytree(world, part)
+    next((part / "samples" / "CAM_FRONT").glob("n015*")).unlink()
+    result = ftd("data", "check", part, "--domain", "singapore")
+    assert result.exit_code == 3
+    assert "files are missing" in words(result)
+    assert "1 file missing, first" in words(result)
+    cache = ("--cache", tmp_path / "cache")
+    result = ftd("data", "prepare", part, "--domain", "night", *cache)
+    assert result.exit_code == 3, result.output
+    assert "nothing prepared" in words(result)
+
+
+def test_the_built_in_world_serves_both_directions() -> None:
+    assert layouts.pair_of("singapore", "usa") == ("usa", "singapore")
+    assert layouts.pair_of("singapore", "singapore") == ("usa", "singapore")
+    assert layouts.pair_of("usa", "night") is None
+
+
+def test_a_run_on_the_built_in_world_can_be_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the world is gone: it is generated again."""
+    frames = dict.fromkeys(layouts.DEFAULT_FRAMES, 2)
+    monkeypatch.setattr(layouts, "DEFAULT_FRAMES", frames)
+    cache, out = tmp_path / "cache", tmp_path / "run"
+    args = [*PAIR, "--out", out, "--cache", cache, "--threads", 1, "--steps", 1]
+    result = ftd(*args, "--set", "image=48,88", "--set", "width_3d=4", "--set", "batch=2")
+    assert result.exit_code == 0, result.output
+    assert "BUILT-IN STREET WORLD" in words(result)
+    before = (out / "last.safetensors").read_bytes()
+    shutil.rmtree(cache)
+    result = ftd("train", "--resume", out)
+    assert result.exit_code == 0, result.output
+    assert (out / "last.safetensors").read_bytes() == before
+
+
+def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FTD_KERNELS", raising=False)
+    result = ftd("doctor", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "torch-scatter" in result.output
+    assert "WRONG" not in result.output
+    right = kernels.sparse_conv
+    monkeypatch.setattr(kernels, "sparse_conv", lambda x, w, kmap: right(x, w, kmap) * 1.001)
+    result = ftd("doctor", "--device", "cpu")
+    assert result.exit_code == 1
+    assert "WRONG" in result.output
+    assert ftd("bench", "--device", "cpu").exit_code == 1, "no timing behind a red check"
+    monkeypatch.setenv("FTD_KERNELS", "spconv")
+    assert ftd("doctor", "--device", "cpu").exit_code == 2
+
+
+def test_tensorboard(world: Path, cache: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    args = train_args(tmp_path / "run", world, cache, "--tensorboard", steps=1)
+    result = ftd(*args)
+    assert result.exit_code == 0, result.output
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))

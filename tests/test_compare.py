@@ -1,0 +1,66 @@
+"""Comparing many runs: the plan, the table, what is found again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ftdpp import compare, runs
+from ftdpp.recipe import RecipeError
+from ftdpp.tests.commands import TINY, ftd, words
+
+pytestmark = pytest.mark.usefixtures("on_a_cpu")
+
+
+def test_plan() -> None:
+    jobs = compare.plan(
+        *("usa-singapore", "source-only,ftdpp+pl,ftdpp", "0,1", "small"),
+        *(["batch=2", "ema=0.9", "pseudo_detach=false"], Path("runs")),
+    )
+    methods = ["source-only", "ftdpp", "ftdpp+pl"]
+    assert [(j.method, j.seed) for j in jobs] == [(m, s) for s in (0, 1) for m in methods]
+    given = [("batch=2",), ("batch=2", "ema=0.9"), ("batch=2", "ema=0.9", "pseudo_detach=false")]
+    assert [j.given for j in jobs] == given * 2, "a setting goes to those who read it"
+    assert [j.recipe.pseudo for j in jobs] == [0, 0, 1] * 2
+    assert jobs[1].out == Path("runs/usa-singapore-ftdpp[batch=2,ema=0.9]-seed0")
+    assert jobs[2].out.name == "usa-singapore-ftdpp[batch=2,ema=0.9,pseudo_detach=false]+pl-seed0"
+    assert jobs[2].title == "ftdpp, batch=2, ema=0.9, pseudo_detach=false, second stage"
+    with pytest.raises(RecipeError, match="none of source-only reads it"):
+        compare.plan("usa-singapore", "source-only", "0", "small", ["ema=0.9"], Path("runs"))
+
+
+def test_compare_and_train_find_each_others_runs(
+    world: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = ("--data", world, "--cache", cache, "--preset", "small", "--threads", 1)
+    settings = [*TINY, "--set", "steps=2"]
+    result = ftd(
+        *("train", "--src", "usa", "--tgt", "singapore", "--method", "source-only", "--seed", 1),
+        *(*data, *settings),
+    )
+    assert result.exit_code == 0, result.output
+    made = next((tmp_path / "runs").iterdir())
+    stamp = (made / "last.safetensors").stat().st_mtime_ns
+
+    result = ftd("compare", "--methods", "source-only,ftdpp+pl", "--seeds", "0,1", *data, *settings)
+    assert result.exit_code == 0, result.output
+    assert (made / "last.safetensors").stat().st_mtime_ns == stamp, "it was not trained again"
+    rows = json.loads((tmp_path / "runs" / "compare.json").read_text())
+    methods = ("source-only", "ftdpp", "ftdpp+pl")
+    assert [(r["method"], r["seed"]) for r in rows] == [(m, s) for s in (0, 1) for m in methods]
+    assert all(r["split"] == "test" for r in rows)
+    assert "±" in result.output
+    folders = {p.name for p in (tmp_path / "runs").iterdir() if p.is_dir()}
+    assert len(folders) == 6 and made.name in folders
+    record = runs.read_record(made)
+    assert record is not None and record["threads"] == 1
+
+    again = ftd("compare", "--methods", "source-only,ftdpp+pl", "--seeds", "0,1", *data, *settings)
+    assert again.exit_code == 0, again.output
+    assert json.loads((tmp_path / "runs" / "compare.json").read_text()) == rows
+    single = ftd("eval", made, "--cache", cache, "--threads", 1)
+    mean = next(r for r in rows if (r["method"], r["seed"]) == ("source-only", 1))["miou"]["2d+3d"]
+    assert f"{100 * mean:.1f}" in words(single)

@@ -1,0 +1,237 @@
+"""The README holds: its examples run, its commands parse, a data set is one file and one row."""
+
+from __future__ import annotations
+
+import csv
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+from PIL import Image
+
+from ftdpp import compare, readers, recipe, systems
+from ftdpp.data import CLASS_SETS
+from ftdpp.docs import figures, tree
+from ftdpp.ftd import app
+from ftdpp.readers import Calib
+from ftdpp.systems import METHODS, Method
+from ftdpp.systems.ftdpp import Recipe
+from ftdpp.tests.commands import TINY, ftd, train_args
+from ftdpp.tests.toy import Toy, write_toy
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+
+pytestmark = pytest.mark.usefixtures("on_a_cpu")
+
+
+def example(name: str) -> str:
+    """The Python block behind `<!-- example: NAME -->`."""
+    [code] = re.findall(rf"<!-- example: {name} -->\n```python\n(.*?)```", README, flags=re.S)
+    return code
+
+
+def lines_of_code(source: str) -> int:
+    """Lines that are neither blank nor a comment nor a docstring of one line."""
+    return sum(bool(re.match(r'\s*[^\s#"]', line)) for line in source.splitlines())
+
+
+def lines_of_commands(text: str) -> list[str]:
+    """Every `ftd ...` of the shell blocks, and of the prose where it is complete."""
+    found = []
+    for block in re.findall(r"```sh\n(.*?)```", text, flags=re.S):
+        found += block.replace("\\\n", " ").splitlines()
+    found += [code for code in re.findall(r"`([^`\n]+)`", text) if " --" in code]
+    commands = [re.sub(r"^OMP_NUM_THREADS=1 ", "", line.strip()) for line in found]
+    partial = re.compile(r"\.\.\.|COMMAND|-h\b|--help|--version")  # nothing to parse, or not whole
+    return [c for c in commands if c.startswith("ftd ") and not partial.search(c)]
+
+
+COMMANDS = [*lines_of_commands(README), *lines_of_commands(CONTRIBUTING)]
+
+
+def parsed(command: str) -> tuple[str, dict[str, Any]]:
+    """Name and options of a command line. Raises the parser's error."""
+    node, words, names = typer.main.get_command(app), shlex.split(command, comments=True)[1:], []
+    while hasattr(node, "get_command"):
+        names.append(words.pop(0))
+        node = node.get_command(None, names[-1])
+        assert node is not None, f"there is no command {' '.join(names)}"
+    return " ".join(names), node.make_context(names[-1], words).params
+
+
+def test_there_are_commands_of_every_kind() -> None:
+    names = {name for name, _ in map(parsed, (c for c in COMMANDS if "--scan" not in c))}
+    assert {"train", "eval", "pseudo", "compare", "convert", "data check"} <= names
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_parses(command: str) -> None:
+    """Options exist, values have the right type, and recipes can be made of them."""
+    try:
+        name, options = parsed(command)
+    except Exception as error:  # typer brings its own parser
+        if "does not exist" in str(error):  # a file, in an option that is there
+            return
+        raise
+    if name == "train" and options["resume"] is None:
+        scenario = f"{options['src']}-{options['tgt']}" + ("-ssda" if options["ssda"] else "")
+        preset, stage = options["preset"] or "small", options["pseudo"] is not None
+        r = systems.recipe(scenario, options["method"], preset, stage, options["set_"] or [])
+        assert r.method == options["method"]
+    elif name == "compare":
+        scenario = f"{options['src']}-{options['tgt']}" + ("-ssda" if options["ssda"] else "")
+        rest = options["seeds"], options["preset"] or "small", options["set_"] or [], options["out"]
+        assert compare.plan(scenario, options["methods"], *rest)
+
+
+def test_a_command_that_is_wrong_would_be_found() -> None:
+    with pytest.raises(Exception, match="No such option: --nope"):
+        parsed("ftd train --nope")
+    with pytest.raises(AssertionError, match="no command trian"):
+        parsed("ftd trian --src usa")
+
+
+def test_every_setting_that_the_text_names_exists() -> None:
+    named = set(re.findall(r"--set ([a-z]\w*)=", README + CONTRIBUTING)) - {
+        "entropy"
+    }  # the example's own
+    assert len(named) > 8
+    assert named <= recipe.settings(Recipe).keys()
+
+
+@pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
+def test_links_lead_somewhere(text: str) -> None:
+    """Files that are linked are there, and so are the headings."""
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.M)
+    anchors = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("#"):
+            assert target[1:] in anchors, target
+        elif not target.startswith("http"):
+            assert (ROOT / target.split("#")[0]).exists(), target
+
+
+def test_prose_is_not_too_wide() -> None:
+    for text in (README, CONTRIBUTING):
+        fenced = False
+        for line in text.splitlines():
+            fenced ^= line.startswith("```")
+            if (
+                not fenced
+                and not line.startswith(("|", "!["))
+                and " ftd " not in f" {line}".replace("`", " ")
+            ):
+                assert len(line) <= 130, line
+
+
+def test_pictures() -> None:
+    """They are there, small and readable; the figure is what docs/figures.py draws."""
+    names = re.findall(r"!\[[^\]]+\]\((docs/[^)]+)\)", README)
+    assert len(names) == 4
+    for name in names:
+        assert (ROOT / name).stat().st_size < 200_000, name
+        if name.endswith(".jpg"):
+            Image.open(ROOT / name).verify()
+    assert (ROOT / "docs/ftdpp.svg").read_text() == figures.figure()
+
+
+def test_line_counts_are_rewritten_in_the_tree_alone() -> None:
+    text, listed = tree.update(README)
+    assert tree.update(text) == (text, listed)
+    assert "systems/ftdpp.py" in listed
+    inside = README.split("<!-- tree -->")[1].split("```")[1].splitlines()
+    for before, after in zip(README.splitlines(), text.splitlines(), strict=True):
+        assert before == after or before in inside
+
+
+def test_a_method_of_ones_own(
+    world: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One file of less than twenty lines and one row: it trains, logs its term, is evaluated."""
+    code = example("method")
+    assert lines_of_code(code) < 20
+    package = tmp_path / "users_own_methods"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "entropy.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    name, module = re.findall(r'"([\w-]+)": Method\("(\w+)"\)', README)[0]
+    assert (name, module) == ("ftdpp-entropy", "entropy")
+    monkeypatch.setitem(METHODS, name, Method(f"users_own_methods.{module}"))
+
+    out = tmp_path / "run"
+    trained = ftd(*train_args(out, world, cache, "--set", "entropy=0.5", method=name, steps=2))
+    assert trained.exit_code == 0, trained.output
+    rows = list(csv.DictReader((out / "log.csv").read_text().splitlines()))
+    assert len(rows) == 2
+    largest = 0.5 * np.log(len(CLASS_SETS["street6"]))
+    assert all(0 < float(row["entropy"]) < largest for row in rows)
+    evaluated = ftd("eval", out, "--cache", cache, "--threads", 1)
+    assert evaluated.exit_code == 0, evaluated.output
+    assert f"{name}, " in evaluated.output
+    sys.modules.pop("users_own_methods.entropy")
+
+
+def matrix(calib: Calib) -> np.ndarray:
+    """The (3, 4) matrix from homogeneous points to pixels."""
+    motion = np.eye(4)
+    for quaternion, translation, inverse in calib.steps:
+        step = np.eye(4)
+        step[:3, :3], step[:3, 3] = readers.rotation(quaternion), translation
+        motion = (np.linalg.inv(step) if inverse else step) @ motion
+    return np.array(calib.camera) @ motion[:3]
+
+
+def test_as_a_library(
+    finished: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = example("library")
+    assert lines_of_code(code) <= 10
+    domain = readers.domains()["singapore"]
+    reader = readers.reader_of(domain)
+    ref = readers.list_frames(world, domain, "test")[0]
+    raw = reader.read(ref)
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/usa-singapore-ftdpp-seed0").symlink_to(finished)
+    Path("image.jpg").write_bytes(ref.image_path.read_bytes())
+    Path("points.bin").write_bytes(ref.points_path.read_bytes())
+    np.savetxt("calibration.txt", matrix(ref.calib))
+
+    left: dict[str, Any] = {}
+    exec(code, left)
+    wanted, _ = reader.project(raw.points[:, :3], ref.calib, raw.image.size[::-1])
+    rows = left["rows"]
+    assert len(np.setxor1d(rows, wanted)) <= 2, "points on the border may round either way"
+    assert len(left["labels"]) == len(rows) > 100
+    assert set(left["labels"]) <= set(CLASS_SETS["street6"])
+    for p in left["probabilities"].values():
+        assert p.shape == (len(rows), 6)
+        assert np.allclose(p.sum(1), 1, atol=1e-5)
+
+
+def test_a_data_set_is_one_file_and_one_row(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The toy data set trains and is evaluated by the commands, which know nothing of it."""
+    monkeypatch.setitem(readers.READERS, "toy", Toy())
+    root, out = write_toy(tmp_path / "toy"), tmp_path / "run"
+    checked = ftd("data", "check", root, "--domain", "brick")
+    assert checked.exit_code == 0, checked.output
+    where = ("--data", root, "--cache", cache, "--threads", 1)
+    pair = ("--src", "wood", "--tgt", "brick", "--preset", "small", "--steps", 2)
+    trained = ftd("train", *pair, "--out", out, *where, *TINY)
+    assert trained.exit_code == 0, trained.output
+    rows = list(csv.DictReader((out / "log.csv").read_text().splitlines()))
+    assert len(rows) == 2
+    assert {"seg_2d", "distill_fused"} <= rows[0].keys()
+    evaluated = ftd("eval", out, *where)
+    assert evaluated.exit_code == 0, evaluated.output
+    assert "brick" in evaluated.output

@@ -1,0 +1,1 @@
+"""The built-in street world: procedural streets, ray cast into images and LiDAR sweeps."""
