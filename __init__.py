@@ -17,6 +17,14 @@ if TYPE_CHECKING:
 __all__ = ["load", "predict"]
 
 
+def __getattr__(name: str) -> str:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("ftdpp")
+    raise AttributeError(name)
+
+
 def load(run_or_file: str | Path, device: str = "cpu") -> Any:
     """The trained system of a run folder (its best checkpoint) or of a checkpoint file.
 

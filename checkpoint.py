@@ -19,7 +19,7 @@ from torch import Tensor
 from ftdpp.files import replacing
 from ftdpp.models import misfits
 from ftdpp.recipe import RecipeError, from_dict
-from ftdpp.systems import METHODS, build
+from ftdpp.systems import METHODS, build, system_of
 
 FORMAT = 2  # of checkpoints and pseudo-label files
 
@@ -83,7 +83,7 @@ def stored_recipe(meta: dict[str, Any], path: Path) -> Any:
     try:
         if method not in METHODS:
             raise RecipeError(f"the method {method!r}, which this version does not know")
-        return from_dict(METHODS[method].system().Recipe, meta["recipe"])
+        return from_dict(system_of(method).Recipe, meta["recipe"])
     except RecipeError as error:
         raise RunError(f"{path}: has {error}; use the version of ftd that wrote it") from None
 

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from ftdpp import checkpoint, runs, systems
+from ftdpp.checkpoint import RunError
 from ftdpp.evaluate import evaluate, write_pseudo_labels
 from ftdpp.files import Progress, replacing
-from ftdpp.index import require_labels
+from ftdpp.index import Index, require_labels
 from ftdpp.recipe import RecipeError, given_names, settings_of
-from ftdpp.runs import Source
+from ftdpp.runs import Places
 from ftdpp.train import Run
 
 
@@ -31,8 +32,12 @@ class Job(NamedTuple):
 
     @property
     def pseudo(self) -> Path | None:
-        """The labels of a second stage, which lie in its own folder."""
-        return self.out / "pseudo.safetensors" if self.recipe.pseudo else None
+        """The labels of a second stage: those it was begun with, or a file in its own folder."""
+        if not self.recipe.second_stage:
+            return None
+        record = runs.read_record(self.out)
+        begun = record["pseudo"] if record is not None else None
+        return Path(begun) if begun else self.out / "pseudo.safetensors"
 
     @property
     def title(self) -> str:
@@ -65,10 +70,12 @@ def plan(
     jobs = []
     for seed in numbers:
         for plain, second in dict.fromkeys(stages):
-            unread = systems.recipe(scenario, plain, preset, second).unread()
-            mine = [text for n, text in zip(names, overrides, strict=True) if n not in unread]
+            base = systems.recipe(scenario, plain, preset, second)
+            mine = [
+                text for n, text in zip(names, overrides, strict=True) if n not in base.lacking()
+            ]
             r = systems.recipe(scenario, plain, preset, second, mine)
-            given = settings_of(r, given_names(mine))
+            given = settings_of(r, base, given_names(mine))
             read |= set(given_names(mine))
             folder = out / runs.run_name(r, given, seed)
             jobs.append(Job(plain + ("+pl" if second else ""), seed, folder, r, given))
@@ -83,51 +90,46 @@ class Comparison:
     """The jobs, and where their data comes from."""
 
     jobs: list[Job]
-    src: Source
-    tgt: Source
-    val: Source
-    cache: Path
+    places: Places
     device: torch.device
+    threads: int
     pretrained: dict[str, Tensor] | None = None
-    threads: int = 1
-    built_in: bool = False
 
-    def open(self, job: Job, pseudo: Path | None) -> tuple[Run, list[tuple[str, str, str]]]:
+    def open(self, job: Job, pseudo: Path | None) -> tuple[Run, list[runs.Fact]]:
         """The run of a job, resumed where it was begun before, and the decisions about it."""
         run, facts = runs.assemble(
             job.recipe,
             job.seed,
             job.out,
-            self.src,
-            self.tgt,
-            self.val,
-            self.cache,
-            pseudo,
-            self.device,
-            None,
-            self.pretrained,
-            job.given,
+            self.places,
+            pseudo=pseudo,
+            device=self.device,
+            pretrained=self.pretrained,
+            given=job.given,
         )
+        if run.val is None:
+            why = next(reason for what, _, reason in facts if what == "validation")
+            raise RunError(f"a comparison selects checkpoints on val: {why}; use ftd train")
         if run.last_path.exists():
             run.resume()
         return run, facts
 
-    def prepare(self, progress: Progress) -> tuple[float, list[tuple[str, str, str]]]:
+    def prepare(self, progress: Progress) -> tuple[float, list[runs.Fact]]:
         """Prepare all data, and find out what is left to do before the first step.
 
         Returns:
             the work in units of `System.cost`, so that one ETA covers all runs; the decisions about
             the run with most of them.
         Raises:
-            DataError: a split is missing or unlabelled.
+            DataError: a split is missing or unlabelled. RunError: there is nothing to select on.
         """
-        require_labels(self.tgt.index("test", self.jobs[0].recipe, self.cache, progress))
+        require_labels(self._test(self.jobs[0], progress))
         for job in self.jobs:
-            for stream in systems.METHODS[job.recipe.method].system().streams(job.recipe).values():
-                side = self.src if stream.side == "src" else self.tgt
-                side.index(stream.split, job.recipe, self.cache, progress)
+            for stream in systems.system_of(job.recipe.method).streams(job.recipe).values():
+                origin = self.places.origins[stream.side]
+                origin.index(stream.split, job.recipe, self.places.cache, progress)
         work = 0.0
-        facts: list[tuple[str, str, str]] = []
+        facts: list[runs.Fact] = []
         for job in self.jobs:
             ready = job.pseudo if job.pseudo is not None and job.pseudo.exists() else None
             run, found = self.open(job, ready)
@@ -135,39 +137,50 @@ class Comparison:
             facts = max(facts, found, key=len)
         return work, facts
 
-    def _labels(self, job: Job) -> Path | None:
+    def _test(self, job: Job, progress: Progress) -> Index:
+        return self.places.origins["tgt"].index("test", job.recipe, self.places.cache, progress)
+
+    def _labels(self, job: Job, progress: Progress) -> Path | None:
         """The pseudo-labels of a second stage, made from its first stage's last checkpoint."""
         if job.pseudo is not None and not job.pseudo.exists():
             name = job.method.removesuffix("+pl")
             [first] = [j for j in self.jobs if (j.method, j.seed) == (name, job.seed)]
             system, meta = checkpoint.load(first.out / "last.safetensors", self.device)
-            streams = systems.METHODS[job.recipe.method].system().streams(job.recipe)
-            [split] = [stream.split for stream in streams.values() if stream.pseudo]
-            index = self.tgt.index(split, job.recipe, self.cache)
+            streams = systems.system_of(job.recipe.method).streams(job.recipe)
+            split = streams[runs.taught_stream(job.recipe)].split
+            target = self.places.origins["tgt"]
+            index = target.index(split, job.recipe, self.places.cache, progress)
             origin = f"last.safetensors, iteration {meta['iteration']}"
-            write_pseudo_labels(job.pseudo, system, index, origin, self.device)
+            write_pseudo_labels(job.pseudo, system, index, origin, self.device, progress)
         return job.pseudo
 
-    def run(self, drive: Callable[[Run, str], None]) -> list[dict[str, Any]]:
+    def _train(self, run: Run, name: str, drive: Callable[[Run, str], None]) -> None:
+        """Train a run to its end; one that was begun, with as many threads as it was begun with."""
+        threads, record = self.threads, runs.read_record(run.out)
+        if record is None or not run.iteration:
+            runs.write_record(run, self.places, threads)
+        else:
+            threads = record["threads"]
+        torch.set_num_threads(threads)
+        drive(run, name)
+        torch.set_num_threads(self.threads)
+
+    def run(self, drive: Callable[[Run, str], None], progress: Progress) -> list[dict[str, Any]]:
         """Train what is not trained yet and evaluate every best checkpoint on test.
 
         Args:
-            drive: trains a run to its end under a name.
+            drive: trains a run to its end under a name. progress: told of everything else.
         Returns:
             a row for each job.
         """
         rows = []
         for job in self.jobs:
-            run, _ = self.open(job, self._labels(job))
+            run, _ = self.open(job, self._labels(job, progress))
             if run.iteration < run.recipe.steps or run.owed:
-                runs.write_record(
-                    run, self.src, self.tgt, self.val, self.cache, self.threads, self.built_in
-                )
-                drive(run, f"{job.title}, seed {job.seed}")
+                self._train(run, f"{job.title}, seed {job.seed}", drive)
             system, meta = checkpoint.load(run.best_path, self.device)
             origin = f"best.safetensors, iteration {meta['iteration']}"
-            index = self.tgt.index("test", job.recipe, self.cache)
-            score = evaluate(system, index, origin, self.device)
+            score = evaluate(system, self._test(job, progress), origin, self.device, progress)
             row = {"method": job.method, "title": job.title, "seed": job.seed}
             rows.append(row | score.as_dict())
         return rows

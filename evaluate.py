@@ -22,7 +22,7 @@ from ftdpp.files import Progress
 from ftdpp.index import Index, require_labels, resized
 from ftdpp.readers import inside_image
 from ftdpp.recipe import Recipe
-from ftdpp.systems import METHODS
+from ftdpp.systems import system_of
 
 # ---- protocol ----------------------------------------------------------------------------------
 
@@ -192,6 +192,7 @@ def predict(
     Raises:
         ValueError: an array has another shape, or no point falls into the image.
     """
+    image, points, calibration = (np.asarray(a) for a in (image, points, calibration))
     wanted = {"image": (image, (None, None, 3)), "points": (points, (None, 3))}
     for name, (array, shape) in (wanted | {"calibration": (calibration, (3, 4))}).items():
         fits = array.ndim == len(shape)
@@ -224,7 +225,7 @@ def predict(
 # ---- pseudo-labels -----------------------------------------------------------------------------
 
 
-def family(r: Recipe) -> dict[str, str]:
+def stage_identity(r: Recipe) -> dict[str, str]:
     """What a pseudo-label file and a second stage must share."""
     return {"scenario": r.scenario, "method": r.method, "classes": r.classes}
 
@@ -276,7 +277,7 @@ def write_pseudo_labels(
     tensors: dict[str, Tensor] = {}
     meta: dict[str, Any] = {
         "format": FORMAT,
-        **family(r),
+        **stage_identity(r),
         "class_names": CLASS_SETS[r.classes],
         "checkpoint": checkpoint,
         "content": index.fingerprint["content"],
@@ -316,13 +317,13 @@ def check_pseudo_file(path: Path, r: Recipe) -> dict[str, Any]:
     meta = read_metadata(path)
     if "thresholds" not in meta:
         raise RunError(f"{path}: not a pseudo-label file; make one with: ftd pseudo RUN --out FILE")
-    for key, wanted in family(r).items():
+    for key, wanted in stage_identity(r).items():
         if meta.get(key) != wanted:
             raise RunError(
                 f"{path}: made for {key} {meta.get(key)!r}, this run has {wanted!r}; make one from "
                 f"a run of this {key} with: ftd pseudo RUN --out FILE"
             )
-    heads = METHODS[r.method].system().pseudo_heads
+    heads = system_of(r.method).pseudo_heads
     if not all(sum(meta["kept"].get(head, [])) for head in heads):
         raise RunError(f"{path}: keeps no label; train the first stage longer")
     return meta

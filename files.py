@@ -21,6 +21,19 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Only this process writes into `folder`.
+
+    Raises:
+        BlockingIOError: another one does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`. What was written there takes its name at the end.
 

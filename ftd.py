@@ -9,7 +9,9 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ftdpp.recipe import Recipe
-    from ftdpp.runs import Source
+    from ftdpp.runs import Origin
 
 app = typer.Typer(
     name="ftd",
@@ -55,6 +57,7 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Override a setting; repeatable."),
 ]
+Steps = Annotated[int | None, typer.Option(help="Iterations; default: the recipe's.", min=1)]
 SSDA = Annotated[
     bool, typer.Option("--ssda", help="Semi-supervised: some target scenes are labelled.")
 ]
@@ -74,8 +77,10 @@ Frames = Annotated[str | None, typer.Option(help="Only these frames: tokens, com
 Overlay = Annotated[
     Path | None, typer.Option(help="Folder for pictures of predictions; see --count.")
 ]
-Count = Annotated[int, typer.Option(help="How many pictures --overlay makes.", min=1)]
-Domain = Annotated[str, typer.Option(help="A domain: usa, singapore, day, night, skitti.")]
+Count = Annotated[
+    int | None, typer.Option(help="How many pictures --overlay makes; default: 4.", min=1)
+]
+Domain = Annotated[str, typer.Option(help="A part of a data set, e.g. usa; see the README.")]
 
 
 def _version(wanted: bool) -> None:
@@ -179,7 +184,7 @@ def _device(name: str | None) -> tuple[Any, str]:
     return device, why
 
 
-def _threads(count: int | None, recorded: int | None = None) -> tuple[int, str]:
+def _threads(count: int | None, recorded: int | None = None) -> tuple[str, str]:
     """Sets the number of CPU threads of this process."""
     import torch
 
@@ -192,7 +197,7 @@ def _threads(count: int | None, recorded: int | None = None) -> tuple[int, str]:
     else:
         chosen = machine.free_threads()
     torch.set_num_threads(chosen[0])
-    return chosen
+    return str(chosen[0]), chosen[1]
 
 
 def _preset(name: str | None, device: Any, built_in: bool) -> tuple[str, str]:
@@ -255,7 +260,7 @@ def _known_roots(src: str, tgt: str, roots: tuple[Path | None, Path | None]) -> 
     return built_in
 
 
-def _world(src: str, tgt: str, cache: Path, console: Console) -> Path:
+def _world(src: str, tgt: str, cache: Path, workers: int, console: Console) -> Path:
     """The root of the built-in street world that has both domains, written on first use."""
     from ftdpp import screen
     from ftdpp.world import layouts
@@ -269,7 +274,7 @@ def _world(src: str, tgt: str, cache: Path, console: Console) -> Path:
     pair = layouts.pair_of(src, tgt)
     assert pair is not None
     with screen.bar(console) as tell:
-        return layouts.built_in(*pair, cache, os.cpu_count() or 1, tell)
+        return layouts.built_in(*pair, cache, workers, tell).resolve()
 
 
 def _tokens(frames: str | None, option: str) -> list[str] | None:
@@ -301,15 +306,14 @@ def _imagenet(pretrained: str | None, r: Recipe) -> dict[str, Tensor] | None:
         raise RecipeError(f"--pretrained {pretrained}: {error}") from None
 
 
-Fact = tuple[str, str, str]
-
-
-def _weights_fact(pretrained: str | None) -> Fact:
+def _weights_fact(pretrained: str | None) -> tuple[str, str, str]:
     why = "--pretrained" if pretrained else "none given; the paper starts from them"
     return "ImageNet weights", pretrained or "none", why
 
 
-def _print_choices(console: Console, choices: dict[str, tuple[Any, str]], more: list[Fact]) -> None:
+def _print_choices(
+    console: Console, choices: dict[str, tuple[Any, str]], more: list[tuple[str, str, str]]
+) -> None:
     """Every automatic choice, as value and reason."""
     from ftdpp import screen
 
@@ -324,14 +328,12 @@ def _print_choices(console: Console, choices: dict[str, tuple[Any, str]], more: 
 def train(
     context: typer.Context,
     src: Annotated[
-        str | None, typer.Option(help="Labelled source domain: usa, singapore, day, night, skitti.")
+        str | None, typer.Option(help="Labelled source domain, e.g. usa; see the README.")
     ] = None,
     tgt: Annotated[str | None, typer.Option(help="Unlabelled target domain.")] = None,
     method: Annotated[str, typer.Option(help="See: ftd recipes.")] = "ftdpp",
     preset: Preset = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Iterations; default: the recipe's.", min=1)
-    ] = None,
+    steps: Steps = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Run folder; default runs/SRC-TGT-METHOD[SETTINGS]-seedN.")
@@ -372,6 +374,7 @@ def train(
     run.json in the run folder."""
     from ftdpp import evaluate as protocol
     from ftdpp import kernels, recipe, runs, screen, systems
+    from ftdpp.readers import plural
 
     console = screen.messages()
     if resume is not None:
@@ -399,12 +402,14 @@ def train(
             "--ssda takes labelled and unlabelled frames from the official lists; drop --tgt-frames"
         )
     weights = _imagenet(pretrained, r)
-    given = recipe.settings_of(r, recipe.given_names(overrides))
+    writer = _board_writer() if tensorboard else None
+    base = systems.recipe(scenario, method, preset, pseudo is not None)
+    given = recipe.settings_of(r, base, recipe.given_names(overrides))
     out = out or Path("runs") / runs.run_name(r, given, seed)
     if (out / "last.safetensors").exists():
         raise _fail(
-            f"{out} already holds a run; continue it with --resume {out}, or choose another folder "
-            "with --out",
+            f"{out} already holds a run; continue it with --resume {quote(str(out))}, or choose "
+            "another folder with --out",
             USAGE,
         )
     _writable(out, folder=True)
@@ -425,19 +430,34 @@ def train(
     ]
     folder, folder_why = _cache(cache)
     thread_choice = _threads(threads)
-    root = _world(src, tgt, folder, console).resolve() if built_in else None
-    src_root, tgt_root = (root or Path(place or "").resolve() for place in roots)
-    source = runs.Source(src, src_root, data_version, chosen[0])
-    target = runs.Source(tgt, tgt_root, data_version, chosen[1])
-    val = runs.Source(tgt, tgt_root, data_version, chosen[2])
+    world = _world(src, tgt, folder, int(thread_choice[0]), console) if built_in else None
+    src_root, tgt_root = (world or Path(root or "").resolve() for root in roots)
+    places = runs.Places(
+        origins={
+            "src": runs.Origin(src, src_root, data_version, chosen[0]),
+            "tgt": runs.Origin(tgt, tgt_root, data_version, chosen[1]),
+            "val": runs.Origin(tgt, tgt_root, data_version, chosen[2]),
+        },
+        cache=folder,
+        built_in=built_in,
+    )
     with screen.bar(console) as tell:
         run, facts = runs.assemble(
-            r, seed, out, source, target, val, folder, pseudo, dev, workers, weights, given, tell
+            r,
+            seed,
+            out,
+            places,
+            pseudo=pseudo,
+            device=dev,
+            workers=workers,
+            pretrained=weights,
+            given=given,
+            progress=tell,
         )
     method_fact = (
         "method",
         runs.title(r, given),
-        f"{r.steps} iterations of {r.batch} frames a domain",
+        f"{plural(r.steps, 'iteration')} of {plural(r.batch, 'frame')} a domain",
     )
     choices = {
         "preset": (preset, preset_why),
@@ -447,8 +467,7 @@ def train(
         "cache": (folder, folder_why),
     }
     _print_choices(console, choices, [method_fact, _weights_fact(pretrained), *facts])
-    runs.write_record(run, source, target, val, folder, thread_choice[0], built_in)
-    _drive(run, console, tensorboard)
+    _drive(run, console, writer, partial(runs.write_record, run, places, int(thread_choice[0])))
 
 
 def _resume(
@@ -465,6 +484,7 @@ def _resume(
 
     console = screen.messages()
     mine = {"resume", "device", "workers", "threads", "cache", "tensorboard"}
+    mine |= {"data", "src_data", "tgt_data"}  # where the data has moved to
     for name in context.params.keys() - mine:
         origin = context.get_parameter_source(name)
         if origin is not None and origin.name == "COMMANDLINE":
@@ -472,7 +492,7 @@ def _resume(
             raise _fail(f"--resume takes the run's own settings; drop {option}", USAGE)
     last = folder / "last.safetensors"
     if not folder.is_dir() or not last.exists():
-        raise _fail(f"{folder}: nothing to resume, there is no last.safetensors in it", USAGE)
+        raise checkpoint.RunError(f"{folder}: nothing to resume, no last.safetensors is in it")
     record, meta = runs.read_record(folder), checkpoint.read_metadata(last)
     if record is None:
         raise checkpoint.RunError(
@@ -480,48 +500,82 @@ def _resume(
         )
     r = checkpoint.stored_recipe(meta, last)
     dev, dev_why = _device(device)
-    place, place_why = _cache(cache) if cache else (Path(record["cache"]), "as the run began")
+    places = runs.recorded_places(record)
+    place_why = "as the run began"
+    if cache is not None:
+        places.cache, place_why = _cache(cache)
     thread_choice = _threads(threads, record["threads"])
-    sources = [runs.recorded_source(record, side) for side in ("src", "tgt", "val")]
-    if record["built_in"]:
-        root = _world(sources[0].domain, sources[1].domain, place, console).resolve()
-        for source in sources:
-            source.root = root
-    pseudo = Path(record["pseudo"]) if record["pseudo"] else None
+    moved = context.params["src_data"] or context.params["data"]
+    if moved is not None and "src" in places.origins:
+        places.origins["src"].root, places.built_in = moved.resolve(), False
+    moved = context.params["tgt_data"] or context.params["data"]
+    if moved is not None:
+        places.origins["tgt"].root = places.origins["val"].root = moved.resolve()
+        places.built_in = False
+    if places.built_in:
+        src, tgt = (places.origins[side].domain for side in ("src", "tgt"))
+        root = _world(src, tgt, places.cache, int(thread_choice[0]), console)
+        for place in places.origins.values():
+            place.root = root
     given = tuple(meta["given"])
     with screen.bar(console) as tell:
         run, facts = runs.assemble(
-            *(r, meta["seed"], folder, sources[0], sources[1], sources[2], place),
-            *(pseudo, dev, workers, None, given, tell),
+            r,
+            meta["seed"],
+            folder,
+            places,
+            pseudo=Path(record["pseudo"]) if record["pseudo"] else None,
+            device=dev,
+            workers=workers,
+            pretrained_digest=meta["pretrained"],
+            given=given,
+            progress=tell,
         )
     choices = {
         "device": (dev, dev_why),
         "kernels": kernels.backend(dev),
         "threads": thread_choice,
-        "cache": (place, place_why),
+        "cache": (places.cache, place_why),
     }
     run.resume()
     where = f"iteration {run.iteration} of {r.steps}"
     _print_choices(console, choices, [("resuming", runs.title(r, given), where), *facts])
-    _drive(run, console, tensorboard)
+    _drive(run, console, _board_writer() if tensorboard else None)
 
 
-def _drive(run: Any, console: Console, tensorboard: bool) -> None:
-    """Train to the end on the screen, and say what was left where."""
+def _board_writer() -> Any:
+    """The class that writes event files."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise _fail("--tensorboard: not installed; pip install '.[tensorboard]'", USAGE) from None
+    return SummaryWriter
+
+
+def _drive(
+    run: Any, console: Console, writer: Any, begin: Callable[[], None] | None = None
+) -> None:
+    """Train to the end on the screen, and say what was left where.
+
+    Args:
+        writer: of TensorBoard's event files, or None. begin: called first, once the folder is ours.
+    """
     from ftdpp import runs, screen
+    from ftdpp.files import claimed
 
-    board = None
-    if tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise _fail(
-                "--tensorboard: not installed; pip install '.[tensorboard]'", USAGE
-            ) from None
-        board = SummaryWriter(str(run.out / "tensorboard"))
+    board = None if writer is None else writer(str(run.out / "tensorboard"))
+    if run.iteration == run.recipe.steps and not run.owed:
+        console.print(f"{run.out} is at its end: iteration {run.iteration}", soft_wrap=True)
     display = screen.Display(console, runs.work_left(run))
-    with display:
-        screen.drive(run, runs.title(run.recipe, run.given), display, board)
+    try:
+        with claimed(run.out), display:
+            if begin is not None:
+                begin()
+            screen.drive(run, runs.title(run.recipe, run.given), display, board)
+    except BlockingIOError:
+        raise _fail(
+            f"{run.out}: another process trains there; choose another --out", USAGE
+        ) from None
     if board is not None:
         board.close()
     chosen = "the last iteration: nothing to select by"
@@ -546,14 +600,14 @@ def _checkpoint(run: Path, which: str) -> Path:
     return run / f"{which}.safetensors"
 
 
-def _run_source(
+def _run_origin(
     run: Path,
     domain: str | None,
     data: Path | None,
     version: str | None,
     split: str | None,
     frames: str | None,
-) -> Source:
+) -> Origin:
     """Where the data of `ftd eval` and `ftd pseudo` comes from: the run's target, unless said.
 
     Frames that the target was restricted to in training are the default for that target, as long as
@@ -571,18 +625,20 @@ def _run_source(
             f"{run}: no run.json beside it, so where its data lies is unknown; name it with --data "
             "and --domain"
         )
-    sides = [s for s in ("tgt", "src") if record and domain in (None, record[s]["domain"])]
-    if record is None or not sides:
+    origins = runs.recorded_places(record).origins if record is not None else {}
+    known = [origins[side] for side in ("tgt", "src") if side in origins]
+    fitting = [origin for origin in known if domain in (None, origin.domain)]
+    if not fitting:
         if data is None:
             raise RunError(f"{run}: was not trained on {domain}; name its root with --data")
         assert domain is not None
-        return runs.Source(domain, data.resolve(), version, chosen)
-    source = runs.recorded_source(record, sides[0])
-    source.version = version or source.version
-    source.root = data.resolve() if data is not None else source.root
+        return runs.Origin(domain, data.resolve(), version, chosen)
+    origin = fitting[0]
+    origin.version = version or origin.version
+    origin.root = data.resolve() if data is not None else origin.root
     if chosen is not None or split is not None:
-        source.frames = chosen
-    return source
+        origin.frames = chosen
+    return origin
 
 
 @app.command("eval")
@@ -602,7 +658,7 @@ def evaluate(
     data_version: Version = None,
     frames: Frames = None,
     overlay: Overlay = None,
-    count: Count = 4,
+    count: Count = None,
     device: Device = None,
     threads: Threads = None,
     cache: Cache = None,
@@ -615,30 +671,32 @@ def evaluate(
     console = screen.messages()
     if overlay is not None:
         _writable(overlay, folder=True)
+    elif count is not None:
+        raise _fail("--count says how many pictures --overlay makes; add --overlay FOLDER", USAGE)
     path = _checkpoint(run, checkpoint)
-    dev, _ = _device(device)
-    _threads(threads)
-    source = _run_source(run, domain, data, data_version, split, frames)
+    dev, dev_why = _device(device)
+    screen.facts(console, [("device", str(dev), dev_why), ("threads", *_threads(threads))])
     system, meta = files.load(path, dev)
+    origin = _run_origin(run, domain, data, data_version, split, frames)
     r = system.recipe
     split = split or "test"
-    splits = _known_domain("--domain", source.domain).splits
-    if source.frames is None and split not in splits:
-        raise _fail(f"--split {split}: {source.domain} has {', '.join(splits)}", USAGE)
+    splits = _known_domain("--domain", origin.domain).splits
+    if origin.frames is None and split not in splits:
+        raise _fail(f"--split {split}: {origin.domain} has {', '.join(splits)}", USAGE)
     title = runs.title(r, tuple(meta.get("given", ())))
-    origin = f"{path.name}, iteration {meta['iteration']}"
+    weights = f"{path.name}, iteration {meta['iteration']}"
     with screen.bar(console) as tell:
-        index = source.index(split, r, _cache(cache)[0], tell)
-        score = protocol.evaluate(system, index, origin, dev, tell)
+        index = origin.index(split, r, _cache(cache)[0], tell)
+        score = protocol.evaluate(system, index, weights, dev, tell)
     if as_json:
         more = {"method": r.method, "scenario": r.scenario, "seed": meta.get("seed")}
         print(json.dumps({**score.as_dict(), **more, "given": meta.get("given", [])}))
     else:
-        screen.results().print(screen.score_table(score, title))
+        screen.show(screen.results(), screen.score_table(score, title))
     if overlay is not None:
-        chosen = range(min(count, len(index)))
+        chosen = range(min(count or 4, len(index)))
         labels = protocol.predict_frames(system, index, chosen, dev)
-        what = f"{title}, {system.heads[-1].upper()}, {origin}"
+        what = f"{title}, {system.heads[-1].upper()}, {weights}"
         _overlays(overlay, index, chosen, labels, r, what, console)
 
 
@@ -680,7 +738,7 @@ def pseudo(
     ] = None,
     frames: Frames = None,
     overlay: Overlay = None,
-    count: Count = 4,
+    count: Count = None,
     device: Device = None,
     threads: Threads = None,
     cache: Cache = None,
@@ -690,33 +748,36 @@ def pseudo(
     from ftdpp import checkpoint as files
     from ftdpp import evaluate as protocol
     from ftdpp import runs, screen
+    from ftdpp.readers import plural
 
     console = screen.messages()
     _writable(out)
     if overlay is not None:
         _writable(overlay, folder=True)
+    elif count is not None:
+        raise _fail("--count says how many pictures --overlay makes; add --overlay FOLDER", USAGE)
     path = _checkpoint(run, checkpoint)
-    dev, _ = _device(device)
-    _threads(threads)
-    source = _run_source(run, domain, data, data_version, split, frames)
+    dev, dev_why = _device(device)
+    screen.facts(console, [("device", str(dev), dev_why), ("threads", *_threads(threads))])
     system, meta = files.load(path, dev)
+    origin = _run_origin(run, domain, data, data_version, split, frames)
     r = system.recipe
     adapted = [s.split for s in system.streams(r).values() if not s.labels]
     split = split or (adapted[0] if adapted else "train")
-    origin = f"{path.name}, iteration {meta['iteration']}"
+    weights = f"{path.name}, iteration {meta['iteration']}"
     with screen.bar(console) as tell:
-        index = source.index(split, r, _cache(cache)[0], tell)
-        found = protocol.write_pseudo_labels(out, system, index, origin, dev, tell)
+        index = origin.index(split, r, _cache(cache)[0], tell)
+        found = protocol.write_pseudo_labels(out, system, index, weights, dev, tell)
     title = runs.title(r, tuple(meta.get("given", ())))
     if overlay is not None:
-        chosen, head = range(min(count, len(index))), system.pseudo_heads[0]
-        labels = protocol.PseudoLabels(out, r, index)
-        kept = (labels.of(index.tokens[i], head).numpy() for i in chosen)
-        what = f"{title}, kept pseudo-labels of {head.upper()}"
-        _overlays(overlay, index, chosen, kept, r, what, console)
-    where = f"{found['frames']} frames of {found['domain']} {found['split']}"
-    heading = f"{out}: {where}, by {title}, {origin}"
-    screen.results().print(screen.pseudo_table(found, heading))
+        chosen, labels = range(min(count or 4, len(index))), protocol.PseudoLabels(out, r, index)
+        for head in system.pseudo_heads:
+            kept = (labels.of(index.tokens[i], head).numpy() for i in chosen)
+            what = f"kept pseudo-labels of {head.upper()}"
+            _overlays(overlay / head, index, chosen, kept, r, title, console, what)
+    where = f"{plural(found['frames'], 'frame')} of {found['domain']} {found['split']}"
+    heading = f"{out}: {where}, by {title}, {weights}"
+    screen.show(screen.results(), screen.pseudo_table(found, heading))
 
 
 @app.command()
@@ -747,7 +808,7 @@ def convert(
 @app.command()
 @guarded
 def compare(
-    src: Annotated[str, typer.Option(help="Source domain.")] = "usa",
+    src: Annotated[str, typer.Option(help="Origin domain.")] = "usa",
     tgt: Annotated[str, typer.Option(help="Target domain.")] = "singapore",
     methods: Annotated[
         str, typer.Option(help="Comma-separated; NAME+pl adds the second stage.")
@@ -756,6 +817,7 @@ def compare(
     preset: Preset = None,
     data: Data = None,
     data_version: Version = None,
+    steps: Steps = None,
     set_: Sets = None,
     ssda: SSDA = False,
     pretrained: Pretrained = None,
@@ -770,6 +832,7 @@ def compare(
     table (also OUT/compare.json)."""
     from ftdpp import compare as comparison
     from ftdpp import kernels, runs, screen
+    from ftdpp.readers import plural
 
     console = screen.messages()
     for option, domain in (("--src", src), ("--tgt", tgt)):
@@ -777,7 +840,8 @@ def compare(
     dev, dev_why = _device(device)
     preset, preset_why = _preset(preset, dev, data is None)
     scenario = f"{src}-{tgt}" + ("-ssda" if ssda else "")
-    jobs = comparison.plan(scenario, methods, seeds, preset, set_ or [], out)
+    overrides = [*(set_ or []), *([f"steps={steps}"] if steps else [])]
+    jobs = comparison.plan(scenario, methods, seeds, preset, overrides, out)
     splits = _known_domain("--tgt", tgt).splits
     if "val" not in splits:
         raise _fail(f"--tgt {tgt}: has no val split to select on; use ftd train", USAGE)
@@ -786,11 +850,14 @@ def compare(
     built_in = _known_roots(src, tgt, (data, data))
     folder, folder_why = _cache(cache)
     thread_choice = _threads(threads)
-    root = data.resolve() if data is not None else _world(src, tgt, folder, console).resolve()
-    source, target, val = (runs.Source(d, root, data_version) for d in (src, tgt, tgt))
-    work = comparison.Comparison(
-        *(jobs, source, target, val, folder, dev, weights, thread_choice[0], built_in)
-    )
+    if built_in:
+        root = _world(src, tgt, folder, int(thread_choice[0]), console)
+    else:
+        root = Path(data or "").resolve()
+    sides = {"src": src, "tgt": tgt, "val": tgt}
+    origins = {side: runs.Origin(name, root, data_version) for side, name in sides.items()}
+    places = runs.Places(origins, folder, built_in)
+    work = comparison.Comparison(jobs, places, dev, int(thread_choice[0]), weights)
     with screen.bar(console) as tell:
         left, facts = work.prepare(tell)
     choices = {
@@ -804,13 +871,14 @@ def compare(
     _print_choices(console, choices, [_weights_fact(pretrained), *facts])
     display = screen.Display(console, left)
     with display:
-        rows = work.run(lambda run, name: screen.drive(run, name, display))
+        rows = work.run(lambda run, name: screen.drive(run, name, display), display.tell)
     title = (
         f"{src} -> {tgt}, {preset} preset: mIoU in percent on the {tgt} test split "
-        f"({rows[0]['frames']} frames), checkpoint chosen on val, seeds {seeds}"
+        f"({plural(rows[0]['frames'], 'frame')}), checkpoint chosen on val, seeds {seeds}"
     )
-    screen.results().print(screen.compare_table(rows, title))
+    screen.show(screen.results(), screen.compare_table(rows, title))
     comparison.write_rows(out / "compare.json", rows)
+    console.print(f"every number: {out / 'compare.json'}", soft_wrap=True)
 
 
 # ---- recipes, data -----------------------------------------------------------------------------
@@ -836,12 +904,14 @@ def recipes(
 
     from ftdpp import screen, systems
 
-    scenarios = [scenario] if scenario else list(systems.METHODS["ftdpp"].system().scenarios)
+    known = [name for m in systems.METHODS for name in systems.system_of(m).scenarios]
     made: dict[str, list[Any]] = {}
-    for name in scenarios:
-        methods = [method] if method else list(systems.METHODS)
-        if name.endswith("-ssda") and not method:
-            methods = [m for m in methods if systems.METHODS[m].semi_supervised]
+    for name in [scenario] if scenario else dict.fromkeys(known):
+        methods = systems.methods_for(name, second) or list(systems.METHODS)[:1]  # which refuses
+        if method and (scenario or method in methods or method not in systems.METHODS):
+            methods = [method]  # asked for by name: what is wrong with it is said
+        elif method:
+            continue
         made[name] = [systems.recipe(name, m, preset, second) for m in methods]
     if as_json:
         table = {
@@ -870,11 +940,15 @@ def data_check(
     from ftdpp import readers, screen
 
     rows = readers.check(root, _known_domain("--domain", domain), data_version)
-    screen.results().print(screen.plain_table(rows, f"{root} as {domain}"))
+    numbers = [{name: row[name] for name in row if name != "note"} for row in rows]
+    console = screen.results()
+    screen.show(console, screen.plain_table(numbers, f"{root} as {domain}"))
+    for row in rows:
+        console.print(f"{row['split']}: {row['note']}", soft_wrap=True)
     if not any(row["frames"] for row in rows):
         raise _fail(f"{root}: no frame of any split of {domain}", DATA)
     if any(row["missing"] for row in rows):
-        raise _fail(f"{root}: files are missing; the table names the first of each split", DATA)
+        raise _fail(f"{root}: files are missing; the first of each split is named above", DATA)
 
 
 @data_app.command("prepare")
@@ -1010,7 +1084,7 @@ def bench(
         speed.check_columns(out)
     folder = _cache(cache)[0]
     dev, _ = _device(device)
-    _threads(threads or os.cpu_count())
+    _threads(threads)
     wrong = [c for c in check.run(dev) if not c.ok]
     if wrong:
         raise _fail(
@@ -1018,9 +1092,11 @@ def bench(
             "nothing: ftd doctor",
             FAILED,
         )
-    root = _world("usa", "singapore", folder, screen.messages())
-    rows = speed.run(root, folder, rounds, dev, scans=scan or [])
-    screen.results().print(screen.plain_table(rows, machine.describe(dev)))
+    console = screen.messages()
+    root = _world("usa", "singapore", folder, machine.allowed_cores(), console)
+    with screen.bar(console) as tell:
+        rows = speed.run(root, folder, rounds, dev, scans=scan or [], progress=tell)
+    screen.show(screen.results(), screen.plain_table(rows, machine.describe(dev)))
     if out is not None:
         speed.append(out, rows, dev)
 
@@ -1063,7 +1139,7 @@ def doctor(device: Device = None) -> None:
         for c in checks
     ]
     heading = "largest deviation from dense float64, as a share of the largest value"
-    console.print(screen.plain_table(table, heading))
+    screen.show(console, screen.plain_table(table, heading))
     if not all(c.ok for c in checks):
         raise _fail(
             "a sparse operation is wrong on this machine; FTD_KERNELS=torch avoids Triton; please "

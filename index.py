@@ -228,6 +228,29 @@ def _prepare_frame(ref: FrameRef, table: Array, size: tuple[int, int] | None) ->
     return frame, dropped
 
 
+def require_frames(
+    root: Path, domain: Domain, split: str | None, version: str | None, frames: Sequence[str] | None
+) -> list[FrameRef]:
+    """The frames of `list_frames`, of which there is one and each has all its files.
+
+    Raises:
+        DataError: there is none, or a file is missing.
+    """
+    refs = list_frames(root, domain, split, version, frames)
+    if not refs:
+        raise DataError(
+            f"{root}: no frame of {_title(domain.name, split, frames)}; to see what there is, "
+            f"type: ftd data check {root} --domain {domain.name}"
+        )
+    absent = [path for ref in refs for path in ref.files if not path.exists()]
+    if absent:
+        more = f", and {plural(len(absent) - 1, 'more file')}" if len(absent) > 1 else ""
+        raise DataError(
+            f"{absent[0]}: missing{more}; download what is missing, or name the frames to use"
+        )
+    return refs
+
+
 def prepare(
     root: str | Path,
     domain: Domain,
@@ -255,20 +278,9 @@ def prepare(
     root, tell = Path(root).expanduser().resolve(), progress or (lambda done, total, what: None)
     if classes not in CLASS_SETS:
         raise DataError(f"no class set {classes!r}: type one of {', '.join(CLASS_SETS)}")
-    refs, reader = list_frames(root, domain, split, version, frames), reader_of(domain)
-    if not refs:
-        raise DataError(
-            f"{root}: no frame of {_title(domain.name, split, frames)}; to see what there is, "
-            f"type: ftd data check {root} --domain {domain.name}"
-        )
+    refs, reader = require_frames(root, domain, split, version, frames), reader_of(domain)
     own = {path for ref in refs for path in ref.files}
     stamps = [stamp(path) for path in sorted(own.union(reader.tables(root, version, refs)))]
-    absent = [path for path, length, _ in stamps if length < 0 and Path(path) in own]
-    if absent:
-        more = f", and {plural(len(absent) - 1, 'more file')}" if len(absent) > 1 else ""
-        raise DataError(
-            f"{absent[0]}: missing{more}; download what is missing, or name the frames to use"
-        )
     table = class_table(reader, classes, reader.categories(refs[0]))
     identity = {
         "format": FORMAT,
@@ -356,13 +368,14 @@ def _write(
 ) -> list[Record]:
     """Append the frames that `partial` lacks to its flat files; returns the records of all."""
     classes = len(CLASS_SETS[identity["classes"]])
+    what = _title(identity["domain"], identity["split"], identity["frames"])
     records = _resume(partial, identity)
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(min(8, os.cpu_count() or 1)))
         journal = stack.enter_context((partial / "progress.jsonl").open("a"))
         files = {name: stack.enter_context((partial / f"{name}.bin").open("ab")) for name in _TYPES}
         for start in range(len(records), len(refs), CHUNK):
-            tell(start, len(refs), "preparing")
+            tell(start, len(refs), f"preparing {what}")
             chunk = refs[start : start + CHUNK]
             for frame, dropped in pool.map(lambda ref: _prepare_frame(ref, table, size), chunk):
                 if len(frame.xyz):
@@ -375,7 +388,7 @@ def _write(
             journal.write("".join(json.dumps(record) + "\n" for record in records[start:]))
             journal.flush()
             os.fsync(journal.fileno())
-        tell(len(refs), len(refs), "prepared")
+        tell(len(refs), len(refs), f"preparing {what}")
     return records
 
 

@@ -39,8 +39,7 @@ def free_threads(
     if chosen.isdecimal() and int(chosen) > 0:
         return int(chosen), "OMP_NUM_THREADS"
     cores = cores or os.cpu_count() or 1
-    if allowed is None:
-        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    allowed = allowed or allowed_cores()
     if busy is None:
         busy = busy_cores()
     limit = cgroup_cores(root)
@@ -56,6 +55,13 @@ def free_threads(
         busy = 0.0
     free = min(cores - busy, allowed, cores if limit is None else limit)
     return max(int(free), 1), words
+
+
+def allowed_cores() -> int:
+    """How many cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def busy_cores(seconds: float = 0.4, stat: Path = Path("/proc/stat")) -> float:
@@ -119,7 +125,9 @@ def describe(device: torch.device, root: Path = Path("/")) -> str:
     lines = _text(root / "proc/cpuinfo").splitlines()
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     model = next(models, platform.processor() or platform.machine())
-    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    count = torch.get_num_threads()
+    threads = "1 thread" if count == 1 else f"{count} threads"
+    return f"{model}, {threads}, torch {torch.__version__}"
 
 
 def keep_freed_memory() -> None:

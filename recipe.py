@@ -68,6 +68,7 @@ class Recipe:
         periods = (self.steps, self.batch, self.eval_batch, self.val_every, self.save_every)
         sizes = (self.image, self.crop)
         weights = self.class_weights
+        classes = len(CLASS_SETS.get(self.classes, ()))
         return {
             "steps, batch, eval_batch, val_every and save_every must be at least 1": (
                 min(periods) >= 1
@@ -88,12 +89,27 @@ class Recipe:
             f"voxels_per_metre must lie in 0..100: the grid has {GRID} voxels a side": (
                 0 < self.voxels_per_metre <= 100
             ),
-            "class weights must not be negative, and one must be above 0": usable_weights(weights),
+            f"class_weights wants {classes} numbers, not negative, one above 0": usable_weights(
+                weights, classes
+            ),
         }
 
-    def unread(self) -> dict[str, str]:
-        """Settings that a run with this recipe never reads, each with the reason."""
+    def lacking(self) -> dict[str, str]:
+        """Settings of parts that this recipe's method does not have, each with the reason."""
         return {}
+
+    def idle(self) -> dict[str, str]:
+        """Settings that other settings keep from being read, each with the reason."""
+        return {"milestones": "gamma is 1"} if self.gamma == 1 else {}
+
+    def unread(self) -> dict[str, str]:
+        """Settings that change nothing in a run with this recipe, each with the reason."""
+        return self.lacking() | self.idle()
+
+    @property
+    def second_stage(self) -> bool:
+        """Whether the run trains on the pseudo-labels of a first stage."""
+        return False
 
     def check(self) -> None:
         """Raises RecipeError where a rule is broken."""
@@ -122,12 +138,12 @@ SMALL: dict[str, Any] = {
     "save_every": 240,
     "class_weights": (),
 }
-SMALL_CROPPED: dict[str, Any] = {"image": (112, 371), "crop": (112, 200)}  # for KITTI's wide images
+SMALL_CROPPED: dict[str, Any] = {"crop": (112, 200)}  # where training draws crops
 
 
-def usable_weights(weights: Sequence[float]) -> bool:
+def usable_weights(weights: Sequence[float], classes: int) -> bool:
     """Whether these can weight classes; no weights at all can, too: they are computed."""
-    return not weights or (min(weights) >= 0 and max(weights) > 0)
+    return not weights or (len(weights) == classes and min(weights) >= 0 and max(weights) > 0)
 
 
 def unknown(what: str, found: str, known: Sequence[str]) -> RecipeError:
@@ -152,15 +168,19 @@ def given_names(overrides: Sequence[str]) -> list[str]:
     return [text.partition("=")[0] for text in overrides]
 
 
-def settings_of(r: Recipe, names: Sequence[str]) -> tuple[str, ...]:
-    """Settings of a recipe as "name=value", in the form in which `--set` takes them, each once."""
+def settings_of(r: Recipe, base: Recipe, names: Sequence[str]) -> tuple[str, ...]:
+    """The named settings in which a recipe differs from another, as `--set` takes them.
+
+    In the order of the fields, so that equal settings give equal texts.
+    """
 
     def text(value: Any) -> str:
         if isinstance(value, tuple):
             return ",".join(str(part) for part in value)
         return str(value).lower() if isinstance(value, bool) else str(value)
 
-    return tuple(f"{name}={text(getattr(r, name))}" for name in dict.fromkeys(names))
+    chosen = [n for n in settings(type(r)) if n in names and getattr(r, n) != getattr(base, n)]
+    return tuple(f"{name}={text(getattr(r, name))}" for name in chosen)
 
 
 def override(base: R, overrides: Sequence[str]) -> R:
@@ -170,14 +190,18 @@ def override(base: R, overrides: Sequence[str]) -> R:
         RecipeError: an unknown name (with the closest known one), a value of another type, or a
             setting that this recipe's method does not read.
     """
-    kinds, unread, made = settings(type(base)), base.unread(), base
+    kinds, lacking, made = settings(type(base)), base.lacking(), base
     for name, text in zip(given_names(overrides), overrides, strict=True):
         if name not in kinds:
             raise unknown("setting", name, list(kinds))
-        if name in unread:
-            raise RecipeError(f"--set {text}: {base.method} does not read it: {unread[name]}")
+        if name in lacking:
+            raise RecipeError(f"--set {text}: {base.method} does not read it: {lacking[name]}")
         value = _parse(name, text.partition("=")[2], getattr(base, name), kinds[name])
         made = dataclasses.replace(made, **{name: value})
+    unread = made.unread()  # by what was given beside it; but what switches something off is read
+    for name, text in zip(given_names(overrides), overrides, strict=True):
+        if name in unread and getattr(made, name):
+            raise RecipeError(f"--set {text}: would change nothing: {unread[name]}")
     return made
 
 

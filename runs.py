@@ -4,35 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ftdpp import readers, systems
+from ftdpp import machine, readers, systems
 from ftdpp.checkpoint import RunError
 from ftdpp.evaluate import PseudoLabels
 from ftdpp.files import Progress, replacing
-from ftdpp.index import Index, prepare
+from ftdpp.index import Index, prepare, require_frames
 from ftdpp.readers import list_frames, plural
 from ftdpp.recipe import Recipe
 from ftdpp.train import Run
 
 
 @dataclass
-class Source:
+class Origin:
     """Where the frames of one domain come from: a root on disk, and optionally which frames."""
 
     domain: str
     root: Path
     version: str | None = None
     frames: list[str] | None = None
+
+    def require(self, split: str | None) -> None:
+        """Raises DataError where the split has no frame or misses a file."""
+        domain = readers.domains()[self.domain]
+        require_frames(self.root, domain, None if self.frames else split, self.version, self.frames)
 
     def index(
         self, split: str | None, r: Recipe, cache: Path, progress: Progress | None = None
@@ -52,54 +57,87 @@ class Source:
         )
 
 
+@dataclass
+class Places:
+    """Where all data of a run comes from."""
+
+    origins: dict[str, Origin]  # "tgt", "val" and, where the method has a source, "src"
+    cache: Path  # of the prepared indexes
+    built_in: bool = False  # the roots are those of the built-in world
+
+
 def title(r: Recipe, given: tuple[str, ...] = ()) -> str:
     """A run in words: its method, the settings that the user chose, its stage."""
-    stage = ["second stage"] if getattr(r, "pseudo", 0) else []
-    return ", ".join([r.method, *given, *stage])
+    return ", ".join([r.method, *given, *(["second stage"] if r.second_stage else [])])
 
 
 def run_name(r: Recipe, given: tuple[str, ...], seed: int) -> str:
     """The name of a run's folder: usa-singapore-ftdpp[fusion=false]+pl-seed0."""
-    settings = f"[{','.join(given)}]" if given else ""
-    stage = "+pl" if getattr(r, "pseudo", 0) else ""
-    return f"{r.scenario}-{r.method}{settings}{stage}-seed{seed}"
+    chosen = f"[{','.join(given)}]" if given else ""
+    return f"{r.scenario}-{r.method}{chosen}{'+pl' if r.second_stage else ''}-seed{seed}"
+
+
+def taught_stream(r: Recipe) -> str:
+    """The stream that receives the pseudo-labels of a first stage.
+
+    Raises:
+        RunError: there is none.
+    """
+    streams = systems.system_of(r.method).streams(r)
+    names = [name for name, stream in streams.items() if stream.pseudo]
+    if len(names) != 1:
+        raise RunError(f"{r.method} has {len(names)} streams that take pseudo-labels, expected 1")
+    return names[0]
+
+
+Fact = tuple[str, str, str]  # what was decided, the value, the reason
 
 
 def assemble(
     r: Any,
     seed: int,
     out: Path,
-    src: Source,
-    tgt: Source,
-    val: Source,
-    cache: Path,
+    places: Places,
+    *,
     pseudo: Path | None = None,
     device: torch.device | None = None,
     workers: int | None = None,
     pretrained: dict[str, Tensor] | None = None,
+    pretrained_digest: str | None = None,
     given: tuple[str, ...] = (),
     progress: Progress | None = None,
-) -> tuple[Run, list[tuple[str, str, str]]]:
+) -> tuple[Run, list[Fact]]:
     """Prepare the splits that a recipe needs and build its run.
 
+    Args:
+        pseudo: the pseudo-labels of a second stage. pretrained: ImageNet weights; or, of a run that
+        goes on, pretrained_digest: of those that it began with.
     Returns:
-        the run, and each decision made on the way as (what, value, reason).
+        the run, and each decision made on the way.
     """
-    sides = {"src": src, "tgt": tgt}
-    streams = systems.METHODS[r.method].system().streams(r)
+    streams = systems.system_of(r.method).streams(r)
+    for stream in streams.values():  # whatever is missing is said before anything is prepared
+        places.origins[stream.side].require(stream.split)
     indexes = {
-        name: sides[stream.side].index(stream.split, r, cache, progress)
+        name: places.origins[stream.side].index(stream.split, r, places.cache, progress)
         for name, stream in streams.items()
     }
-    validation, val_reason = _validation(r, tgt, val, cache, progress)
-    labels = None
-    if pseudo is not None:
-        [taught] = [name for name, stream in streams.items() if stream.pseudo]
-        labels = PseudoLabels(pseudo, r, indexes[taught])
-    cores = os.cpu_count() or 1
-    count = (0 if cores <= 4 else min(8, cores // 2)) if workers is None else workers
-    chosen = device or torch.device("cpu")
-    run = Run(out, r, seed, indexes, validation, labels, chosen, count, pretrained, given)
+    validation, val_reason = _validation(r, places, progress)
+    labels = PseudoLabels(pseudo, r, indexes[taught_stream(r)]) if pseudo is not None else None
+    cores = machine.allowed_cores()
+    run = Run(
+        out=out,
+        recipe=r,
+        seed=seed,
+        indexes=indexes,
+        val=validation,
+        pseudo=labels,
+        device=device or torch.device("cpu"),
+        workers=(0 if cores <= 4 else min(8, cores // 2)) if workers is None else workers,
+        pretrained=pretrained,
+        pretrained_digest=pretrained_digest,
+        given=given,
+    )
 
     scenario_reason = "a row of the paper"
     if not systems.in_paper(r):
@@ -107,60 +145,60 @@ def assemble(
     facts = [("scenario", r.scenario, scenario_reason)]
     for name, stream in streams.items():
         why = "supervised loss" if stream.labels else "adaptation; its labels are never read"
-        facts.append(_index_fact(name, indexes[name], sides[stream.side], why))
-    for a, b in _same_frames(indexes):
-        facts.append(("NOTE", f"{a} and {b} are the same frames", "nothing is transferred"))
+        facts.append(_index_fact(name, indexes[name], places.origins[stream.side], why))
+    for a, b, count in _shared_frames(indexes):
+        facts.append(("NOTE", f"{a} and {b} share {plural(count, 'frame')}", "same root"))
     if validation is not None:
-        facts.append(_index_fact("validation", validation, val, val_reason))
+        facts.append(_index_fact("validation", validation, places.origins["val"], val_reason))
     else:
         facts.append(("validation", "off", val_reason))
-    products = "products in tf32" if chosen.type == "cuda" else "exact"
+    products = "products in tf32" if run.device.type == "cuda" else "exact"
     faster = f"{products}; --set precision=bf16 is faster where the hardware has it"
     facts.append(("precision", r.precision, faster if r.precision == "fp32" else "--set precision"))
-    facts.append(("workers", str(count), f"{cores} cores" if workers is None else "--workers"))
-    weights = " ".join(f"{w:.2f}" for w in run.recipe.class_weights)
-    computed = "log-smoothed counts of the labelled points"
-    facts.append(("class weights", weights, "of the recipe" if r.class_weights else computed))
+    why = f"{plural(cores, 'core')} for this process" if workers is None else "--workers"
+    facts.append(("workers", str(run.workers), why))
+    for stream in streams.values():
+        if stream.weights:
+            weights = " ".join(f"{w:.2f}" for w in getattr(run.recipe, stream.weights))
+            computed = "log-smoothed counts of the labelled points"
+            why = "of the recipe" if getattr(r, stream.weights) else computed
+            facts.append((stream.weights, weights, why))
     return run, facts
 
 
-def _validation(
-    r: Recipe, tgt: Source, val: Source, cache: Path, progress: Progress | None
-) -> tuple[Index | None, str]:
+def _validation(r: Recipe, places: Places, progress: Progress | None) -> tuple[Index | None, str]:
     """The index that periodic validation uses, or None, and the reason."""
-    domain = readers.domains()[val.domain]
-    if tgt.frames and not val.frames:
+    val, domain = places.origins["val"], readers.domains()[places.origins["val"].domain]
+    if places.origins["tgt"].frames and not val.frames:
         return None, "the target frames were named one by one; name others with --val-frames"
     if not val.frames:
         if "val" not in domain.splits:
             return None, f"{domain.name} has no validation split; the last iteration is kept"
         if not list_frames(val.root, domain, "val", val.version):
             return None, f"no frame of the val split of {domain.name} is at {val.root}"
-    index = val.index("val", r, cache, progress)
+    index = val.index("val", r, places.cache, progress)
     if index.fingerprint["unlabelled_frames"]:
         return None, "the val split here has frames without labels"
     return index, "periodic validation and the choice of the best checkpoint"
 
 
-def _index_fact(name: str, index: Index, source: Source, why: str) -> tuple[str, str, str]:
+def _index_fact(name: str, index: Index, origin: Origin, why: str) -> Fact:
     split = index.identity["split"] or "chosen frames"
-    if source.frames:
-        domain = readers.domains()[source.domain]
-        test = list_frames(source.root, domain, "test", source.version)
+    if origin.frames:
+        domain = readers.domains()[origin.domain]
+        test = list_frames(origin.root, domain, "test", origin.version)
         held_out = len({ref.token for ref in test} & set(index.tokens))
         why += f"; {held_out} OF THEM BELONG TO THE TEST SPLIT" if held_out else ""
     size = f"{plural(len(index), 'frame')}, {index.fingerprint['points']:,} points"
     return name, size, f"{index.identity['domain']} {split}: {why}"
 
 
-def _same_frames(indexes: dict[str, Index]) -> Iterator[tuple[str, str]]:
-    """Pairs of streams that hold the same frames."""
-    names = list(indexes)
-    for i, a in enumerate(names):
-        for b in names[i + 1 :]:
-            same_root = indexes[a].identity["root"] == indexes[b].identity["root"]
-            if same_root and set(indexes[a].tokens) & set(indexes[b].tokens):
-                yield a, b
+def _shared_frames(indexes: dict[str, Index]) -> Iterator[tuple[str, str, int]]:
+    """Pairs of streams that have frames in common, and how many."""
+    for (a, first), (b, second) in combinations(indexes.items(), 2):
+        common = set(first.tokens) & set(second.tokens)
+        if common and first.identity["root"] == second.identity["root"]:
+            yield a, b, len(common)
 
 
 def work_left(run: Run) -> float:
@@ -177,23 +215,19 @@ def work_left(run: Run) -> float:
 # ---- run.json ----------------------------------------------------------------------------------
 
 
-def write_record(
-    run: Run, src: Source, tgt: Source, val: Source, cache: Path, threads: int, built_in: bool
-) -> None:
+def write_record(run: Run, places: Places, threads: int) -> None:
     """run.json: what a person or `ftd train --resume` has to know of a run."""
-
-    def row(source: Source) -> dict[str, Any]:
-        return {**dataclasses.asdict(source), "root": str(source.root)}
-
+    origins = {
+        side: {**dataclasses.asdict(origin), "root": str(origin.root)}
+        for side, origin in places.origins.items()
+    }
     record = {
         "command": sys.argv[1:],
         "recipe": dataclasses.asdict(run.recipe),
         "seed": run.seed,
-        "src": row(src),
-        "tgt": row(tgt),
-        "val": row(val),
-        "built_in": built_in,
-        "cache": str(cache.absolute()),
+        "origins": origins,
+        "built_in": places.built_in,
+        "cache": str(places.cache.absolute()),
         "pseudo": str(run.pseudo.path.absolute()) if run.pseudo is not None else None,
         "threads": threads,
         "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
@@ -215,30 +249,36 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text())
-        if not isinstance(record, dict):
-            raise ValueError("expected an object")
-        for side in ("src", "tgt", "val"):
-            Source(**record[side])
-    except (ValueError, KeyError, TypeError) as error:
+        recorded_places(record)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
-            f"{path}: damaged ({error}); name the data with --data and --domain, and a checkpoint "
-            "instead of RUN"
+            f"{path}: damaged ({error!r}); name the data with --data and --domain, and a "
+            "checkpoint instead of RUN"
         ) from None
     return record
 
 
-def recorded_source(record: dict[str, Any], side: str) -> Source:
-    """The source of a side, "src", "tgt" or "val", in a record."""
-    row = record[side]
-    return Source(row["domain"], Path(row["root"]), row["version"], row["frames"])
+def recorded_places(record: dict[str, Any]) -> Places:
+    """Where the data of a recorded run came from."""
+    origins = {
+        side: Origin(row["domain"], Path(row["root"]), row["version"], row["frames"])
+        for side, row in record["origins"].items()
+    }
+    return Places(origins, Path(record["cache"]), record["built_in"])
 
 
 def _git_hash() -> str | None:
-    """The commit of this code, where it lies in a repository."""
-    command = ["git", "rev-parse", "HEAD"]
-    place = Path(__file__).parent
+    """The commit of this code, where it lies in a repository of its own."""
+    place = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        found = subprocess.run(
+            ["git", *words], cwd=place, capture_output=True, text=True, timeout=5
+        )
+        return found.stdout.strip()
+
     try:
-        found = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=5)
+        own = Path(git("rev-parse", "--show-toplevel")) == place
+        return git("rev-parse", "HEAD") if own else None
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() or None

@@ -174,13 +174,10 @@ class Display:
         self.done = self.waited = self.worked = 0.0
         self.begin: float | None = None
         self.name, self.pace = "", _Pace(clock)
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(20),
-            TextColumn("{task.percentage:.0f}%"),
-        )
-        self.live = _Live(*columns, console=console)
-        self.task = self.live.add_task("starting", total=work)
+        self.lines = _Lines(console, clock)
+        # The name stands below, where it is not cut to a column's width.
+        self.live = _Live(BarColumn(40), TextColumn("{task.percentage:.0f}%"), console=console)
+        self.task = self.live.add_task("", total=work)
 
     def __enter__(self) -> Display:
         if self.console.is_interactive:
@@ -195,6 +192,13 @@ class Display:
     ) -> None:
         if self.console.is_interactive:
             self.live.stop()
+
+    def tell(self, done: int, total: int, what: str) -> None:
+        """Progress of what is no training step: a validation, say."""
+        if self.console.is_interactive:
+            self.live.below = f"  {what}: {done} of {total}"
+        else:
+            self.lines.tell(done, total, what)
 
     def step(self, name: str, event: train.Step, steps: int, units: float, memory: int) -> None:
         """Show one iteration of `steps`, which was `units` of work; memory in bytes."""
@@ -212,8 +216,9 @@ class Display:
         )
         terms = " ".join(f"{term} {value:.2f}" for term, value in event.terms.items())
         if self.console.is_interactive:
-            self.live.below = f"  {event.iteration}/{steps}, {eta}, {speed}: {terms}"
-            self.live.update(self.task, description=name, completed=self.done)
+            place = f"{name}: {event.iteration}/{steps}, {eta}, {speed}"
+            self.live.below = f"  {place}: {terms}"
+            self.live.update(self.task, completed=self.done)
             return
         if name != self.name:
             self.name, self.pace = name, _Pace(self.clock)
@@ -224,6 +229,7 @@ class Display:
     def validated(self, name: str, score: Score, best: bool, units: float) -> None:
         """Show a validation, which was `units` of work."""
         self.done += units
+        self.live.update(self.task, completed=self.done)
         miou = ", ".join(f"{head} {value:.1%}" for head, value in score.miou.items())
         line = (
             f"  {name}: {score.checkpoint}, {score.domain} {score.split} "
@@ -246,8 +252,7 @@ def drive(run: train.Run, name: str, display: Display, board: Any = None) -> Non
 
     before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     steps, units = run.recipe.steps, run.system.cost(run.recipe)
-    if not display.console.is_interactive:  # a validation of minutes must not be silent
-        run.progress = _Lines(display.console, display.clock).tell
+    run.progress = display.tell  # a validation of minutes must not be silent
     try:
         for event in train.fit(run):
             if isinstance(event, train.Step):
@@ -278,6 +283,13 @@ def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     return table
 
 
+def show(console: Console, table: Table) -> None:
+    """Print a table below its title, which is not wrapped to the table's width."""
+    title, table.title = table.title, None
+    console.print(title, soft_wrap=True)
+    console.print(table)
+
+
 def score_table(score: Score, method: str) -> Table:
     """IoU of each class and mIoU of one evaluation, in percent, for every head that it has."""
     outside = (
@@ -303,14 +315,14 @@ def compare_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     """mIoU of each method in percent: mean and sample standard deviation over its seeds.
 
     Args:
-        rows: one a run, with "method" and "miou" (fraction by head). A method need not have every
-            head of the others.
+        rows: one a run, with "title" (method and settings) and "miou" (fraction by head). A method
+            need not have every head of the others.
     """
     heads = list(dict.fromkeys(head for row in rows for head in row["miou"]))
     table = _table(title, ["method"], [head.upper() for head in heads])
-    for method in dict.fromkeys(row["method"] for row in rows):
-        runs = [row["miou"] for row in rows if row["method"] == method]
-        table.add_row(method, *(_mean([100 * r[h] for r in runs if h in r]) for h in heads))
+    for name in dict.fromkeys(row["title"] for row in rows):
+        runs = [row["miou"] for row in rows if row["title"] == name]
+        table.add_row(name, *(_mean([100 * r[h] for r in runs if h in r]) for h in heads))
     return table
 
 

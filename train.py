@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -26,10 +28,10 @@ from ftdpp.checkpoint import FORMAT, RunError, load_state, read_metadata, read_t
 from ftdpp.checkpoint import stored_recipe as recipe_of
 from ftdpp.data import CLASS_SETS, Augment, Batch, collate, sample
 from ftdpp.evaluate import PseudoLabels, Score, evaluate
-from ftdpp.files import Progress
+from ftdpp.files import Progress, replacing
 from ftdpp.index import Index, require_labels
 from ftdpp.losses import log_smoothed_weights
-from ftdpp.recipe import Recipe
+from ftdpp.recipe import Recipe, settings
 from ftdpp.systems import AUGMENT, ORDER, Chance, Stream, generator
 
 
@@ -117,6 +119,7 @@ class Run:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     workers: int = 0
     pretrained: dict[str, Tensor] | None = None  # of `models.imagenet_weights`
+    pretrained_digest: str | None = None  # of the weights that the run began with
     given: tuple[str, ...] = ()  # settings that the user chose, as "name=value"
     progress: Progress | None = None  # told how far a validation is
 
@@ -124,13 +127,14 @@ class Run:
         if self.device.type == "cuda":
             # Some of its gradients add atomically, and would not repeat.
             torch.backends.cudnn.deterministic = True
-        system = systems.METHODS[self.recipe.method].system()
-        self.streams = system.streams(self.recipe)
+        self.streams = systems.system_of(self.recipe.method).streams(self.recipe)
         self.recipe = self._with_class_weights(self.recipe)
         self.system = systems.build(self.recipe, self.seed)
         if self.pretrained is not None:
+            self.pretrained_digest = digest(self.pretrained)
             for encoder in self.system.encoders():
-                encoder.load_state_dict(self.pretrained, strict=False)  # the decoder is not in it
+                found = encoder.load_state_dict(self.pretrained, strict=False)  # no decoder in it
+                assert not found.unexpected_keys, "weights of another network"
         self.system.to(self.device).train()
         self.optimizers = self.system.optimizers()
         for optimizer in self.optimizers.values():
@@ -143,18 +147,12 @@ class Run:
 
     def _with_class_weights(self, r: Any) -> Any:
         """Empty weights are computed from the labelled training points and kept in the recipe."""
-        classes = len(CLASS_SETS[r.classes])
         for name, stream in self.streams.items():
             if stream.labels:
                 require_labels(self.indexes[name])
             if stream.weights and not getattr(r, stream.weights):
                 weights = log_smoothed_weights(self.indexes[name].counts().tolist())
                 r = dataclasses.replace(r, **{stream.weights: weights})
-            found = len(getattr(r, stream.weights)) if stream.weights else classes
-            if found != classes:
-                raise RunError(
-                    f"{stream.weights} has {found} numbers, {r.classes} has {classes} classes"
-                )
         return r
 
     @property
@@ -170,12 +168,15 @@ class Run:
         chance = Chance(self.seed, self.iteration)
         terms: dict[str, Tensor] = {}
         chance.seed_dropout()
+        rate = self.system.rate(self.iteration)
         for phase, optimizer in self.optimizers.items():
-            set_learning_rate(optimizer, self.recipe, self.iteration)
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * rate
             found = self.system(phase, batches, chance)
             optimizer.zero_grad()
             torch.stack(list(found.values())).sum().backward()
             optimizer.step()
+            assert not terms.keys() & found.keys(), "two phases have a term of one name"
             terms |= found
         self.iteration += 1
         self.system.after_step(self.iteration)
@@ -204,6 +205,7 @@ class Run:
             "torch": torch.__version__,
             "data": {name: index.fingerprint["content"] for name, index in self.indexes.items()},
             "pseudo": self.pseudo.meta["labels"] if self.pseudo else None,
+            "pretrained": self.pretrained_digest,
         }
 
     def save(self, path: Path) -> None:
@@ -219,7 +221,7 @@ class Run:
             raise NonFiniteLoss(
                 f"iteration {self.iteration}: {len(broken)} tensors are not finite, first "
                 f"{broken[0]}, so a gradient or an activation overflowed; {path} was not written. "
-                "Lower the learning rate (--set lr_3d=..., --set lr_2d=...)"
+                f"Lower the learning rate ({rate_settings(self.recipe)})"
             )
         names = {p: k for k, p in self.system.named_parameters()}
         for phase, optimizer in self.optimizers.items():
@@ -236,26 +238,26 @@ class Run:
         """
         path = self.last_path
         meta, mine = read_metadata(path), json.loads(json.dumps(self.metadata()))
-        for key in ("seed", "data", "pseudo"):
+        for key in ("seed", "data", "pseudo", "pretrained"):
             if meta[key] != mine[key]:
                 raise RunError(
-                    f"{path}: made with {key} {meta[key]!r}, this command has {mine[key]!r}; "
-                    f"continue with the data that the run began with ({self.out / 'run.json'} "
-                    "names it), or choose another --out"
+                    f"{path}: made with another {key} than this command's; the run began with what "
+                    f"{self.out / 'run.json'} names; go on with that, or choose another --out"
                 )
         theirs = json.loads(json.dumps(dataclasses.asdict(recipe_of(meta, path))))
         for name, value in mine["recipe"].items():
             if theirs[name] != value and name != "save_every":
                 raise RunError(
                     f"{path}: made with {name}={theirs[name]!r}, this command has {value!r}; "
-                    f"continue it with: ftd train --resume {self.out}; or choose another --out"
+                    f"continue it with: ftd train --resume {quote(str(self.out))}; or choose "
+                    "another --out"
                 )
         load_state(self.system, path)
-        self._load_optimizers()
+        self._load_optimizers(meta)
         self.iteration, self.best = meta["iteration"], meta["best"]
         self.owed = meta["validation_owed"]
 
-    def _load_optimizers(self) -> None:
+    def _load_optimizers(self, meta: dict[str, Any]) -> None:
         params = dict(self.system.named_parameters())
         for key, tensor in read_tensors(self.last_path, "optimizer/").items():
             phase, _, rest = key.partition("/")
@@ -271,13 +273,28 @@ class Run:
             moved = tensor.to(p.device)
             fresh = moved if slot == "step" else torch.empty_like(p).copy_(moved)
             optimizer.state[p][slot] = fresh
+        for phase, optimizer in self.optimizers.items():
+            slots = {frozenset(state) for state in optimizer.state.values()}
+            if meta["iteration"] and len(slots) != 1:
+                raise RunError(
+                    f"{self.last_path}: the state of optimizer/{phase} is not complete; the file "
+                    "is damaged, begin anew"
+                )
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, r: Recipe, iteration: int) -> None:
-    """Step schedule, a function of the iteration: times gamma at each milestone passed."""
-    factor = r.gamma ** sum(iteration >= milestone for milestone in r.milestones)
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors, in the order of their names."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        total.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def rate_settings(r: Recipe) -> str:
+    """The learning rates that a run reads, as one would type them."""
+    unread = r.unread()
+    names = [name for name in settings(type(r)) if name.startswith("lr_") and name not in unread]
+    return ", ".join(f"--set {name}=..." for name in names)
 
 
 # ---- the loop ----------------------------------------------------------------------------------
@@ -317,7 +334,7 @@ def fit(run: Run) -> Iterator[Step | Score]:
         moved = {name: batch.to(device) for name, batch in loaded.items()}
 
         terms = run.learn(moved)
-        values = _check_finite(terms, moved, run.iteration)  # waits for a GPU; before any save
+        values = _check_finite(terms, moved, run)  # waits for a GPU; before any save
 
         seconds = time.perf_counter() - start
         log.add({"iteration": run.iteration, **{k: f"{v:.6g}" for k, v in values.items()}})
@@ -333,23 +350,23 @@ def fit(run: Run) -> Iterator[Step | Score]:
         if run.stop and (run.owed or not ended):
             raise Interrupted(
                 f"interrupted at iteration {run.iteration}, saved to {run.last_path}; continue "
-                f"with: ftd train --resume {run.out}"
+                f"with: ftd train --resume {quote(str(run.out))}"
             )
         if run.owed:
             yield _validate(run, val_log, begun)
 
 
 def _check_finite(
-    terms: dict[str, Tensor], batches: dict[str, Batch], iteration: int
+    terms: dict[str, Tensor], batches: dict[str, Batch], run: Run
 ) -> dict[str, float]:
     values = dict(zip(terms, torch.stack(list(terms.values())).tolist(), strict=True))
     bad = [f"{name} = {value}" for name, value in values.items() if not np.isfinite(value)]
     if bad:
         frames = [token for batch in batches.values() for token in batch.tokens]
         raise NonFiniteLoss(
-            f"iteration {iteration}: {', '.join(bad)}; frames {', '.join(frames)}; nothing was "
-            "saved since the last checkpoint; begin again with a lower --set lr_3d=... (and lr_2d) "
-            "in another --out"
+            f"iteration {run.iteration}: {', '.join(bad)}; frames {', '.join(frames)}; nothing was "
+            f"saved since the last checkpoint; begin again with lower rates "
+            f"({rate_settings(run.recipe)}) in another --out"
         )
     return values
 
@@ -381,14 +398,29 @@ class _Log:
     """A CSV of rows that begin with an iteration. On resume the later ones are cut off."""
 
     def __init__(self, path: Path, iteration: int) -> None:
-        self.path, self.rows = path, []  # type: Path, list[dict[str, Any]]
-        if path.exists() and iteration:
-            with path.open(newline="") as f:
-                self.rows = [r for r in csv.DictReader(f) if int(r["iteration"]) <= iteration]
-            path.unlink()
-            self.flush()
-        else:
+        self.path, self.columns = path, []  # type: Path, list[str]
+        self.rows: list[dict[str, Any]] = []  # not written yet
+        kept = [row for row in self._stored() if int(row["iteration"]) <= iteration]
+        if not kept:
             path.unlink(missing_ok=True)
+        self._write(kept)
+
+    def _stored(self) -> list[dict[str, Any]]:
+        """The rows of the file; a torn last one, from a killed process, is none."""
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="") as f:
+            return [row for row in csv.DictReader(f) if None not in row.values()]
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        """The whole file."""
+        if not rows:
+            return
+        self.columns = list(dict.fromkeys(name for row in rows for name in row))
+        with replacing(self.path) as temporary, temporary.open("w", newline="") as f:
+            writer = csv.DictWriter(f, self.columns)
+            writer.writeheader()
+            writer.writerows(rows)
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
@@ -396,12 +428,9 @@ class _Log:
             self.flush()
 
     def flush(self) -> None:
-        if not self.rows:
-            return
-        new = not self.path.exists()
-        with self.path.open("a", newline="") as f:
-            writer = csv.DictWriter(f, list(self.rows[0]))
-            if new:
-                writer.writeheader()
-            writer.writerows(self.rows)
+        if any(row.keys() - set(self.columns) for row in self.rows):  # terms that came later
+            self._write(self._stored() + self.rows)
+        elif self.rows:
+            with self.path.open("a", newline="") as f:
+                csv.DictWriter(f, self.columns).writerows(self.rows)
         self.rows = []

@@ -25,10 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ftdpp import data, kernels, machine, readers, systems, train
 from ftdpp.bench import peers
+from ftdpp.files import Progress
 from ftdpp.index import Index
 from ftdpp.kernels import Pyramid
 from ftdpp.models import UNet3D
-from ftdpp.runs import Source
+from ftdpp.runs import Origin
 from ftdpp.systems.ftdpp import CrossModal
 
 LOADS = 20  # frames loaded in one go: a single one takes too short
@@ -62,6 +63,7 @@ def run(
     device: torch.device,
     batches: tuple[int, ...] = (1, 8),
     scans: Sequence[Path] = (),
+    progress: Progress | None = None,
 ) -> list[Row]:
     """Medians over interleaved rounds, one row a case.
 
@@ -80,7 +82,7 @@ def run(
     cases |= loading_case(root, cache)
     cases |= step_cases(root, cache, device)
 
-    median = medians(cases, rounds, device)
+    median = medians(cases, rounds, device, progress)
     # Counted last, since the profiler slows down what comes after it, and never in a graph, which
     # it may break.
     kernel_count: dict[str, int | None] = {}
@@ -92,7 +94,9 @@ def run(
     return [to_row(name, case, median, rates, kernel_count) for name, case in cases.items()]
 
 
-def medians(cases: dict[str, Case], rounds: int, device: torch.device) -> dict[str, float]:
+def medians(
+    cases: dict[str, Case], rounds: int, device: torch.device, progress: Progress | None
+) -> dict[str, float]:
     """Seconds of each case."""
 
     def wait() -> None:
@@ -101,7 +105,9 @@ def medians(cases: dict[str, Case], rounds: int, device: torch.device) -> dict[s
 
     times: dict[str, list[float]] = {name: [] for name in cases}
     for i in range(rounds + 1):  # the first round warms up, and compiles
-        for name, case in cases.items():
+        for j, (name, case) in enumerate(cases.items()):
+            if progress is not None:
+                progress(i * len(cases) + j, (rounds + 1) * len(cases), "timing")
             wait()
             begin = time.perf_counter()
             case.call()
@@ -219,7 +225,7 @@ def launch_cases(device: torch.device) -> dict[str, Case]:
 
 def source_index(root: Path, cache: Path) -> Index:
     r = systems.recipe(f"{SOURCE}-{TARGET}", "ftdpp", "small")
-    return Source(SOURCE, root).index("train", r, cache)
+    return Origin(SOURCE, root).index("train", r, cache)
 
 
 def loading_case(root: Path, cache: Path) -> dict[str, Case]:
@@ -385,9 +391,9 @@ def step_cases(root: Path, cache: Path, device: torch.device) -> dict[str, Case]
     ):
         settings = [f"precision={precision}"]
         r = systems.recipe(f"{SOURCE}-{TARGET}", method, preset, overrides=settings)
-        streams = systems.METHODS[method].system().streams(r)
+        streams = systems.system_of(method).streams(r)
         indexes = {
-            name: Source(SOURCE if s.side == "src" else TARGET, root).index(s.split, r, cache)
+            name: Origin(SOURCE if s.side == "src" else TARGET, root).index(s.split, r, cache)
             for name, s in streams.items()
         }
         job = train.Run(Path(), r, 0, indexes, None, device=device)

@@ -203,7 +203,7 @@ def predictions(run: Path) -> tuple[Image.Image, Image.Image]:
     record = runs.read_record(run)
     assert record is not None, f"{run}: there is no run.json"
     system = ftdpp.load(run)
-    target = runs.recorded_source(record, "tgt")
+    target = runs.recorded_places(record).origins["tgt"]
     index = target.index("test", system.recipe, Path(record["cache"]))
     pages = []
     for i, shown in zip(TESTED, (slice(0, 2), slice(2, 3)), strict=True):

@@ -43,9 +43,13 @@ class Chance:
     seed: int
     iteration: int  # from 0
 
+    def generator(self, *purpose: int) -> np.random.Generator:
+        """Random numbers of this iteration for one purpose."""
+        return generator(self.seed, *purpose, self.iteration)
+
     def coin(self) -> bool:
         """A coin flip, the same one whenever it is asked for."""
-        return bool(generator(self.seed, COIN, self.iteration).random() < 0.5)
+        return bool(self.generator(COIN).random() < 0.5)
 
     def seed_dropout(self) -> None:
         seed_torch(self.seed, DROPOUT, self.iteration)
@@ -85,6 +89,9 @@ class System(nn.Module):
     scenarios: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     default: ClassVar[Mapping[str, Any]] = {}
     small: ClassVar[Mapping[str, Any]] = SMALL
+    # Settings that --ssda and a second stage on pseudo-labels add; empty: the system has none.
+    semi_supervised: ClassVar[Mapping[str, Any]] = {}
+    second_stage: ClassVar[Mapping[str, Any]] = {}
 
     recipe: Any  # Recipe; a subclass reads settings of its own
 
@@ -98,12 +105,24 @@ class System(nn.Module):
         raise TypeError("a system names its streams")
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """One a phase, in the order in which the phases of an iteration run."""
+        """One a phase, in the order in which the phases of an iteration run.
+
+        The loop puts the whole system into train mode; a network that stays frozen overrides
+        `train`.
+        """
         raise TypeError("a system names its optimizers")
 
     def forward(self, phase: str, batches: dict[str, Batch], chance: Chance) -> dict[str, Tensor]:
-        """The loss terms of one update, weighted: their sum is minimised, they are logged."""
+        """The loss terms of one update, weighted: their sum is minimised, they are logged.
+
+        Terms of different phases have different names.
+        """
         raise TypeError("a system computes its losses")
+
+    def rate(self, iteration: int) -> float:
+        """Factor of the learning rates at an iteration, from 0: gamma at each milestone passed."""
+        r = self.recipe
+        return r.gamma ** sum(iteration >= milestone for milestone in r.milestones)
 
     def after_step(self, iteration: int) -> None:
         """Called after the last phase of an iteration, counted from 1."""
@@ -131,11 +150,6 @@ class Method(NamedTuple):
     module: str  # below ftdpp.systems; with a dot in it, any module
     settings: Mapping[str, Any] = {}
     semi_supervised: bool = False  # whether it can use labelled target frames beside the source
-
-    def system(self) -> type[System]:
-        """The class `System` of its module."""
-        name = self.module if "." in self.module else f"ftdpp.systems.{self.module}"
-        return import_module(name).System
 
 
 _NO_TEACHER = {"distill_single": 0.0, "distill_fused": 0.0, "student_mix": 1.0}
@@ -179,32 +193,66 @@ def recipe(
     ):
         if found not in known:
             raise unknown(what, found, known)
-    row = METHODS[method]
-    system = row.system()
+    row, system = METHODS[method], system_of(method)
     if scenario.endswith("-ssda") and not row.semi_supervised:
         able = ", ".join(name for name, other in METHODS.items() if other.semi_supervised)
         raise RecipeError(f"{method} has no semi-supervised form; drop --ssda, or use: {able}")
     scenario_row = system.scenarios.get(scenario)
     if scenario_row is None:
-        scenario_row = {**system.default, **default_row(scenario, list(system.scenarios))}
+        scenario_row = {**default_row(scenario, list(system.scenarios)), **system.default}
+        scenario_row |= system.semi_supervised if scenario.endswith("-ssda") else {}
     values = {**scenario_row, **row.settings}
     if preset == "small":
         values |= {**system.small, **(SMALL_CROPPED if "crop" in values else {})}
-    if pseudo:
-        if not any(f.name == "pseudo" for f in dataclasses.fields(system.Recipe)):
-            raise RecipeError(f"{method} has no second stage on pseudo-labels; drop --pseudo")
-        values |= {"pseudo": 1.0}
+    if pseudo and not system.second_stage:
+        raise RecipeError(f"{method} has no second stage on pseudo-labels; drop --pseudo")
+    values |= system.second_stage if pseudo else {}
     base: Any = system.Recipe(scenario=scenario, method=method, **values)
     made = override(base, overrides)
     made.check()
-    if pseudo and not made.pseudo:
+    _check_classes(made)
+    if pseudo and not made.second_stage:
         raise RecipeError("--pseudo needs a pseudo weight above 0")
     return made
 
 
+def _check_classes(r: Recipe) -> None:
+    """Refuse a class set that the scenario's data sets do not share."""
+    if not _strange(r.scenario):
+        domains = readers.domains()
+        names = r.scenario.removesuffix("-ssda").split("-")
+        shared = common_class_sets(*(domains[name] for name in names))
+        if r.classes not in shared:
+            known = ", ".join(shared)
+            raise RecipeError(f"classes={r.classes}: {r.scenario} has labels for: {known}")
+
+
+def methods_for(scenario: str, second_stage: bool = False) -> list[str]:
+    """The methods that have a form for a scenario, and for its second stage."""
+    return [
+        name
+        for name, row in METHODS.items()
+        if (row.semi_supervised or not scenario.endswith("-ssda"))
+        and (system_of(name).second_stage or not second_stage)
+        and (scenario in system_of(name).scenarios or not _strange(scenario))
+    ]
+
+
+def _strange(scenario: str) -> list[str]:
+    """The domains of a scenario that no reader has."""
+    names = scenario.removesuffix("-ssda").split("-")
+    return [name for name in names if name not in readers.domains()]
+
+
+def system_of(method: str) -> type[System]:
+    """The class `System` of a method's module."""
+    module = METHODS[method].module
+    return import_module(module if "." in module else f"ftdpp.systems.{module}").System
+
+
 def in_paper(r: Recipe) -> bool:
     """Whether the scenario has a row of its own; if not, `default_row` was taken."""
-    return r.scenario in METHODS[r.method].system().scenarios
+    return r.scenario in system_of(r.method).scenarios
 
 
 def default_row(scenario: str, known: Sequence[str]) -> dict[str, Any]:
@@ -224,17 +272,19 @@ def default_row(scenario: str, known: Sequence[str]) -> dict[str, Any]:
     shared = common_class_sets(source, target)
     if not shared:
         raise RecipeError(f"{source.name} and {target.name} have no class set in common")
-    reader = readers.reader_of(target)
-    row: dict[str, Any] = {"classes": shared[0], "image": reader.image or (0, 0)}
-    if reader.crop is not None:  # images of different sizes: crops in training, one at a time else
-        row |= {"crop": reader.crop, "batch": 4, "eval_batch": 1}
-    if scenario.endswith("-ssda"):
-        if "train_labelled" not in target.splits:
-            raise RecipeError(f"--ssda: {target.name} has no split train_labelled; drop --ssda")
-        row |= {"supervised": "both"}
+    first, second = (readers.reader_of(domain) for domain in (source, target))
+    row: dict[str, Any] = {"classes": shared[0], "image": second.image or (0, 0)}
+    if (
+        first.crop or second.crop
+    ):  # images of different sizes: crops in training, one at a time else
+        size = second.image or first.image  # where one has a size of its own, crops of that size
+        row |= {"crop": size or second.crop or first.crop, "image": size or (0, 0)}
+        row |= {"batch": 4, "eval_batch": 1}
+    if scenario.endswith("-ssda") and "train_labelled" not in target.splits:
+        raise RecipeError(f"--ssda: {target.name} has no split train_labelled; drop --ssda")
     return row
 
 
 def build(r: Recipe, seed: int = 0, training: bool = True) -> Any:
     """The system of a recipe, with the initial weights of a seed."""
-    return METHODS[r.method].system()(r, seed, training)
+    return system_of(r.method)(r, seed, training)

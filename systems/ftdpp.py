@@ -78,7 +78,7 @@ class Recipe(recipe.Recipe):
             *(self.pseudo, self.distill_single, self.distill_fused),
         )
         shares = (self.student_mix, self.teacher_mix, self.fda_beta, self.ema)
-        dropout = self.dropout
+        dropout, classes = self.dropout, len(CLASS_SETS.get(self.classes, ()))
         return super().rules() | {
             "loss weights must not be negative": min(weights) >= 0,
             "student_mix, teacher_mix, fda_beta and ema must lie in 0..1": all(
@@ -93,8 +93,8 @@ class Recipe(recipe.Recipe):
             ),
             "a semi-supervised batch holds source and labelled target frames: batch must be at "
             "least 2": self.supervised != "both" or self.batch >= 2,
-            "class weights of the target must not be negative, and one must be above 0": (
-                recipe.usable_weights(self.class_weights_tgt)
+            f"class_weights_tgt wants {classes} numbers, not negative, one above 0": (
+                recipe.usable_weights(self.class_weights_tgt, classes)
             ),
             "the width_2d/2 heads of the attention have to share 4 width_3d channels evenly: "
             "width_3d must be a multiple of width_2d/8": (
@@ -102,12 +102,11 @@ class Recipe(recipe.Recipe):
             ),
         }
 
-    def unread(self) -> dict[str, str]:
-        """Settings that nobody reads in a run with this recipe, each with the reason."""
+    def lacking(self) -> dict[str, str]:
         reasons = {"the method and --ssda decide it": ["supervised"]}
         if not self.uses_teacher:
             distillation = ["distill_single", "distill_fused", "ema"]
-            styles = ["teacher_image", "teacher_mix", "fda_beta", "student_mix"]
+            styles = ["teacher_image", "teacher_mix", "fda_beta"]
             reasons["it has no teacher"] = distillation + styles
         if not self.mimic_src and not self.mimic_tgt:
             reasons["it has no mimicry"] = ["mimic_src", "mimic_tgt"]
@@ -119,6 +118,18 @@ class Recipe(recipe.Recipe):
         if self.supervised != "both":
             reasons["it has no labelled target frames beside the source"] = ["class_weights_tgt"]
         return {name: why for why, names in reasons.items() for name in names}
+
+    def idle(self) -> dict[str, str]:
+        reasons = {}
+        if self.teacher_image == "fda":
+            reasons["teacher_mix"] = "the teacher's images all go through FDA"
+        if not self.pseudo_debias:
+            reasons["pseudo_detach"] = "the pseudo-labels are not debiased"
+        return super().idle() | reasons
+
+    @property
+    def second_stage(self) -> bool:
+        return bool(self.pseudo)
 
 
 _NUSCENES: dict[str, Any] = {"classes": "street6", "batch": 8, "eval_batch": 8, "image": (225, 400)}
@@ -190,8 +201,6 @@ SCENARIOS["a2d2-skitti-ssda"] = {
         *(2.22021218, 1.44144653, 1.26582799, 1.03503295, 1.59859966),
     ),
 }
-# Not in the paper: six street classes on SemanticKITTI, to adapt between drives or single scans.
-SCENARIOS["skitti-skitti"] = {**_KITTI, "classes": "street6"}
 
 # ---- MFFM, the fusion module -------------------------------------------------------------------
 
@@ -444,12 +453,10 @@ class CrossModal(nn.Module):
         with self._trunks_precision(coords.device):
             return self.net_3d.trunk(exact.new_ones(len(coords), 1), pyramid).to(exact.dtype)
 
-    def forward(
-        self, image: Tensor, pixel: Tensor, coords: Tensor, pyramid: Pyramid | None = None
-    ) -> Logits:
+    def forward(self, image: Tensor, pixel: Tensor, coords: Tensor) -> Logits:
         """image (B, 3, H, W), pixel (N, 2) row, col, coords (N, 4) b, x, y, z -> (N, K) logits."""
         batch_index = coords[:, 0].long()
-        pyramid = pyramid or kernels.pyramid(coords, self.net_3d.trunk.levels)
+        pyramid = kernels.pyramid(coords, self.net_3d.trunk.levels)
         map_2d, feat_3d = self.features_2d(image), self.features_3d(coords, pyramid)
         fused = None
         if self.fusion is not None:
@@ -604,6 +611,8 @@ class System(Contract):
     Recipe = Recipe
     training_only = ("teacher",)
     scenarios = SCENARIOS
+    semi_supervised: ClassVar[dict[str, Any]] = {"supervised": "both"}
+    second_stage: ClassVar[dict[str, Any]] = {"pseudo": 1.0}
     # The trust in pseudo-labels is detached: through it, the released form pushes the modalities
     # apart while their cross-entropy is large, which is most of so short a training.
     small: ClassVar[dict[str, Any]] = {

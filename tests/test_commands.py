@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from ftdpp import kernels, machine
@@ -28,7 +29,7 @@ PAIR = ("train", "--src", "usa", "--tgt", "singapore")
     (("train", "--src", "usa"), 2, "--tgt missing"),
     (("train",), 2, "--src and --tgt missing"),
     ((*PAIR, "--preset", "small", "--pretrained", "download"), 2, "--preset paper"),
-    ((*PAIR, "--preset", "paper", "--pretrained", "/nope.pth"), 2, "/nope.pth"),
+    ((*PAIR, "--preset", "paper", "--pretrained", "NONE/nope.pth"), 2, "nope.pth"),
     ((*PAIR, "--preset", "paper", "--pretrained", __file__), 2, "not a PyTorch file"),
     ((*PAIR, "--ssda", "--tgt-frames", "a"), 2, "--tgt-frames"),
     ((*PAIR, "--src-frames", ""), 2, "--src-frames: expected tokens"),
@@ -40,7 +41,7 @@ PAIR = ("train", "--src", "usa", "--tgt", "singapore")
     ((*PAIR, "--set", "width_2d=48"), 2, "multiple of width_2d/8"),
     ((*PAIR, "--set", "width_3d=6"), 2, "multiple of 4"),
     ((*PAIR, "--set", "gamma=-1"), 2, "gamma"),
-    ((*PAIR, "--set", "class_weights=-1,1,1,1,1,1"), 2, "not be negative"),
+    ((*PAIR, "--set", "class_weights=-1,1,1,1,1,1"), 2, "not negative"),
     ((*PAIR, "--set", "class_weights=1,nan,1,1,1,1"), 2, "expected tuple"),
     ((*PAIR, "--ssda", "--set", "class_weights_tgt=0,0,0,0,0,0"), 2, "above 0"),
     ((*PAIR, "--set", "voxels_per_metre=600"), 2, "0..100"),
@@ -50,9 +51,12 @@ PAIR = ("train", "--src", "usa", "--tgt", "singapore")
     ((*PAIR, "--device", "meta"), 2, "only cpu and cuda"),
     ((*PAIR, "--seed", "-1"), 2, "--seed"),
     ((*PAIR, "--threads", "0"), 2, "--threads"),
-    ((*PAIR, "--pseudo", "/nope"), 2, "ftd pseudo RUN --out /nope"),
+    ((*PAIR, "--set", "class_weights=1,2"), 2, "wants 6 numbers"),
+    ((*PAIR, "--set", "classes=vkitti6"), 2, "has labels for: street6"),
+    (("eval", "x", "--count", "2"), 2, "add --overlay"),
+    ((*PAIR, "--pseudo", "NONE/nope"), 2, "nope: no such file"),
     ((*PAIR, "--pseudo", __file__), 1, "not a readable safetensors file"),
-    ((*PAIR, "--data", "/nowhere"), 3, "/nowhere: there is no such folder"),
+    ((*PAIR, "--data", "NONE/nowhere"), 3, "nowhere: there is no such folder"),
     (("train", "--src", "skitti", "--tgt", "skitti"), 2, "--data"),
     (("train", "--src", "usa", "--tgt", "night"), 2, "no built-in world for usa -> night"),
     (("compare", "--seeds", "-1"), 2, "from 0 on"),
@@ -64,15 +68,15 @@ PAIR = ("train", "--src", "usa", "--tgt", "singapore")
     (("compare", "--preset", "small", "--pretrained", "download"), 2, "width 64 only"),
     (("compare", "--src", "singapore", "--tgt", "usa"), 2, "no val split"),
     (("compare", "--cache", __file__), 2, "is a file; name a folder"),
-    (("eval", "/nowhere"), 1, "/nowhere: no such run folder"),
+    (("eval", "NONE/nowhere"), 1, "nowhere: no such run folder"),
     (("eval", __file__.replace(".py", ".pth")), 1, "no such run folder"),
-    (("pseudo", "/nowhere", "--out", "x"), 1, "/nowhere: no such run folder"),
-    (("pseudo", "/nowhere", "--out", "/proc/x"), 2, "/proc/x: cannot be written"),
-    (("pseudo", "/nowhere", "--out", "/"), 2, "is a folder"),
+    (("pseudo", "NONE/nowhere", "--out", "x"), 1, "nowhere: no such run folder"),
+    (("pseudo", "NONE/nowhere", "--out", "/proc/x"), 2, "/proc/x: cannot be written"),
+    (("pseudo", "NONE/nowhere", "--out", "/"), 2, "is a folder"),
     (("data", "synth", "/proc/x"), 2, "/proc/x: cannot be written"),
-    (("data", "synth", "/tmp/x", "--src", "usa", "--tgt", "night"), 2, "no scenario for usa"),
-    (("data", "synth", "/tmp/x", "--frames", "1,2"), 2, "expected four numbers"),
-    (("data", "check", "/nowhere", "--domain", "usa"), 3, "/nowhere: there is no such folder"),
+    (("data", "synth", "NONE/x", "--src", "usa", "--tgt", "night"), 2, "no scenario for usa"),
+    (("data", "synth", "NONE/x", "--frames", "1,2"), 2, "expected four numbers"),
+    (("data", "check", "NONE/nowhere", "--domain", "usa"), 3, "nowhere: there is no such folder"),
     (("data", "check", "/", "--domain", "moon"), 2, "unknown domain"),
     (("data", "prepare", "/", "--domain", "usa", "--size", "0,3"), 2, "at least 1,1"),
     (("recipes", "--scenario", "usa-moon"), 2, "unknown domain 'moon'"),
@@ -81,6 +85,7 @@ PAIR = ("train", "--src", "usa", "--tgt", "singapore")
 def test_bad_commands(args: tuple[str, ...], code: int, expected: str, tmp_path: Path) -> None:
     """Refused with what to type, before anything is built."""
     more = ["--out", tmp_path / "run", "--cache", tmp_path / "cache"]
+    args = tuple(arg.replace("NONE", str(tmp_path / "none")) for arg in args)
     result = ftd(*args, *(more if args[0] == "train" else []))
     assert result.exit_code == code, result.output
     assert expected in words(result)
@@ -105,12 +110,20 @@ def test_every_choice_is_announced_with_its_reason(finished: Path) -> None:
     for choice in ("scenario", "threads", "device", "kernels", "cache", "precision", "workers"):
         assert choice in said
     assert "--threads" in said and "--preset" in said
+    assert "class_weights" in said and "log-smoothed counts" in said
     assert "labelled 4 frames" in said and "adaptation; its labels are never read" in said
 
 
-def test_threads_are_set_and_recorded(finished: Path) -> None:
+def test_threads_are_set_and_recorded(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads((finished / "run.json").read_text())["threads"] == 1
-    assert machine.free_threads()[0] >= 1
+    before = torch.get_num_threads()
+    used: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    monkeypatch.setattr(machine, "free_threads", lambda: (3, "a reason"))
+    assert "threads 3 a reason" in words(ftd("eval", finished)).replace("(", "").replace(")", "")
+    ftd("train", "--resume", finished)
+    assert used == [3, 1], "free ones; and as the run began"
+    assert torch.get_num_threads() == before
 
 
 def test_the_folder_is_named_by_the_settings(
@@ -122,10 +135,10 @@ def test_the_folder_is_named_by_the_settings(
     result = ftd(*args)
     assert result.exit_code == 0, result.output
     [run] = (tmp_path / "runs").iterdir()
-    assert run.name == "usa-singapore-ftdpp[image=48,88,fusion=false,steps=1]-seed0"
-    assert "ftdpp, image=48,88, fusion=false, steps=1" in words(result)
+    assert run.name == "usa-singapore-ftdpp[steps=1,image=48,88,fusion=false]-seed0"
+    assert "ftdpp, steps=1, image=48,88, fusion=false" in words(result)
     result = ftd("eval", run, "--cache", cache, "--split", "val")
-    assert "ftdpp, image=48,88, fusion=false, steps=1" in words(result)
+    assert "ftdpp, steps=1, image=48,88, fusion=false" in words(result)
 
 
 def test_recipes_command() -> None:

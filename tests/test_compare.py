@@ -21,12 +21,12 @@ def test_plan() -> None:
     )
     methods = ["source-only", "ftdpp", "ftdpp+pl"]
     assert [(j.method, j.seed) for j in jobs] == [(m, s) for s in (0, 1) for m in methods]
-    given = [("batch=2",), ("batch=2", "ema=0.9"), ("batch=2", "ema=0.9", "pseudo_detach=false")]
+    given = [("batch=2",), ("batch=2", "ema=0.9"), ("batch=2", "pseudo_detach=false", "ema=0.9")]
     assert [j.given for j in jobs] == given * 2, "a setting goes to those who read it"
     assert [j.recipe.pseudo for j in jobs] == [0, 0, 1] * 2
     assert jobs[1].out == Path("runs/usa-singapore-ftdpp[batch=2,ema=0.9]-seed0")
-    assert jobs[2].out.name == "usa-singapore-ftdpp[batch=2,ema=0.9,pseudo_detach=false]+pl-seed0"
-    assert jobs[2].title == "ftdpp, batch=2, ema=0.9, pseudo_detach=false, second stage"
+    assert jobs[2].out.name == "usa-singapore-ftdpp[batch=2,pseudo_detach=false,ema=0.9]+pl-seed0"
+    assert jobs[2].title == "ftdpp, batch=2, pseudo_detach=false, ema=0.9, second stage"
     with pytest.raises(RecipeError, match="none of source-only reads it"):
         compare.plan("usa-singapore", "source-only", "0", "small", ["ema=0.9"], Path("runs"))
 

@@ -83,7 +83,7 @@ def test_eval_json(finished: Path, cache: Path) -> None:
 def test_eval_slowly(finished: Path, world: Path, cache: Path) -> None:
     """The score is that of the predictions, frame by frame, over the whole split."""
     system, _ = checkpoint.load(finished / "last.safetensors")
-    index = runs.Source("singapore", world).index("test", system.recipe, cache)
+    index = runs.Origin("singapore", world).index("test", system.recipe, cache)
     score = evaluate.evaluate(system, index, "x")
     predictions = {head: [] for head in system.heads}  # type: dict[str, list[torch.Tensor]]
     labels = []
@@ -124,7 +124,7 @@ def test_eval_of_chosen_frames(finished: Path, world: Path, cache: Path) -> None
 def test_points_outside_the_grid_are_counted(finished: Path, world: Path, cache: Path) -> None:
     """With voxels of 1 cm the grid is 41 m wide, and the built-in streets are longer."""
     system, _ = checkpoint.load(finished / "last.safetensors")
-    index = runs.Source("singapore", world).index("test", system.recipe, cache)
+    index = runs.Origin("singapore", world).index("test", system.recipe, cache)
     scores = []
     for voxels in (10.0, 100.0):
         system.recipe = dataclasses.replace(system.recipe, voxels_per_metre=voxels)
@@ -144,7 +144,7 @@ def test_library_predicts_what_the_evaluation_does(
     finished: Path, world: Path, cache: Path
 ) -> None:
     system = ftdpp.load(finished)
-    source = runs.Source("singapore", world)
+    source = runs.Origin("singapore", world)
     index = source.index("test", system.recipe, cache)
     original = original_frame(index, 0)
     ref = list_frames(world, readers.domains()["singapore"], "test")[0]
@@ -184,11 +184,12 @@ def test_pseudo_labels_and_second_stage(
     overlay = ("--overlay", tmp_path / "pictures", "--count", 1)
     result = ftd("pseudo", finished, "--out", file, "--cache", cache, "--threads", 1, *overlay)
     assert result.exit_code == 0, result.output
-    assert len(list((tmp_path / "pictures").glob("*.png"))) == 1
+    pictures = list((tmp_path / "pictures").glob("*/*.png"))
+    assert [p.parent.name for p in sorted(pictures)] == ["2d", "3d"]
     tensors, meta = load_file(file), checkpoint.read_metadata(file)
     system, _ = checkpoint.load(finished / "last.safetensors")
     r = system.recipe
-    index = runs.Source("singapore", world).index("train", r, cache)
+    index = runs.Origin("singapore", world).index("train", r, cache)
     assert set(tensors) == {f"{token}/{head}" for token in index.tokens for head in ("2d", "3d")}
     assert all(t.dtype == torch.uint8 for t in tensors.values()), "labels, no probabilities"
     with torch.no_grad():
@@ -215,7 +216,7 @@ def test_pseudo_labels_and_second_stage(
     result = ftd(*second)
     assert result.exit_code == 0, result.output
     assert "pseudo_2d" in (tmp_path / "second" / "log.csv").read_text()
-    assert "steps=2, second stage" in words(result)
+    assert "second stage" in words(result)
     before = (tmp_path / "second" / "last.safetensors").read_bytes()
     result = ftd("train", "--resume", tmp_path / "second")
     assert result.exit_code == 0, result.output
@@ -250,6 +251,6 @@ def test_pseudo_label_files_that_do_not_fit(
         ("usa", "train", "domain singapore instead of usa"),
         ("singapore", "val", "frames 8 instead of 2"),
     ):
-        index = runs.Source(domain, world).index(split, r, cache)
+        index = runs.Origin(domain, world).index(split, r, cache)
         with pytest.raises(checkpoint.RunError, match=expected):
             evaluate.PseudoLabels(file, r, index)

@@ -122,7 +122,8 @@ def test_this_machine() -> None:
 
 def test_describe(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
-    ending = f", {torch.get_num_threads()} threads, torch {torch.__version__}"
+    count = torch.get_num_threads()
+    ending = f", {count} thread{'s' * (count > 1)}, torch {torch.__version__}"
     cores = "processor: 0\nmodel name\t: A Kind @ 2 GHz\n\nmodel name\t: Other"
     root = control_groups(tmp_path, "", {"proc/cpuinfo": cores})
     assert machine.describe(cpu, root) == "A Kind @ 2 GHz" + ending

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
 from ftdpp import readers, recipe, systems
 from ftdpp.recipe import RecipeError
 from ftdpp.systems import ftdpp
+from ftdpp.tests.test_ftdpp import batch as a_batch
 
 SCENARIOS = ftdpp.System.scenarios
 
@@ -23,9 +25,10 @@ def test_recipes_of_all_rows() -> None:
             for preset in systems.PRESETS:
                 r = systems.recipe(scenario, method, preset)
                 assert (r.scenario, r.method) == (scenario, method)
-                for name, value in row.settings.items():
-                    assert getattr(r, name) == value or preset == "small"
-                streams = row.system().streams(r)
+                changed = systems.system_of(method).small if preset == "small" else {}
+                for name in row.settings.keys() - changed.keys():
+                    assert getattr(r, name) == row.settings[name]
+                streams = systems.system_of(method).streams(r)
                 assert sum(s.labels for s in streams.values()) >= 1
                 assert len({s.number for s in streams.values()}) == len(streams)
 
@@ -72,7 +75,7 @@ def test_second_stage() -> None:
 
 def test_overrides_are_typed_and_misspellings_refused() -> None:
     make = lambda *o: systems.recipe("usa-singapore", overrides=o)  # noqa: E731
-    r = make("lr_3d=5e-4", "batch=2", "milestones=10,20", "fusion=false", "image=96,160")
+    r = make("lr_3d=5e-4", "batch=2", "gamma=0.1", "milestones=10,20", "fusion=0", "image=96,160")
     found = (r.lr_3d, r.batch, r.milestones, r.fusion, r.image)
     assert found == (5e-4, 2, (10, 20), False, (96, 160))
     for bad, hint in (
@@ -105,13 +108,77 @@ def test_a_setting_that_the_method_does_not_read_is_refused(
         systems.recipe("usa-singapore", method, overrides=[setting])
 
 
+@pytest.mark.parametrize(("scenario", "settings", "why"), [
+    ("usa-singapore", ["distill_single=0", "distill_fused=0", "ema=0.5"], "no teacher"),
+    ("usa-singapore", ["teacher_image=fda", "teacher_mix=0.5"], "FDA"),
+    ("day-night", ["teacher_mix=0.5"], "FDA"),
+    ("vkitti-skitti", ["pseudo_detach=true"], "not debiased"),
+    ("usa-singapore", ["milestones=5"], "gamma is 1"),
+    ("usa-singapore", ["classes=vkitti6"], "has labels for: street6"),
+    ("usa-singapore", ["class_weights=1,2"], "wants 6 numbers"),
+])  # fmt: skip
+def test_what_would_change_nothing_or_cannot_work_is_refused(
+    scenario: str, settings: list[str], why: str
+) -> None:
+    with pytest.raises(RecipeError, match=why):
+        systems.recipe(scenario, "ftdpp", pseudo="pseudo" in settings[-1], overrides=settings)
+
+
 def test_settings_that_are_read_can_be_given() -> None:
     """Every setting, in a run that reads it: nothing is refused by mistake."""
-    r = systems.recipe("usa-singapore-ssda", "ftdpp", pseudo=True)
-    for name in recipe.settings(type(r)):
-        [text] = recipe.settings_of(r, [name])
-        if name != "supervised":
-            assert systems.recipe("usa-singapore-ssda", "ftdpp", pseudo=True, overrides=[text]) == r
+    other = systems.recipe("a2d2-skitti-ssda", "ftdpp", "small", pseudo=True)
+    r = systems.recipe("usa-singapore-ssda", "ftdpp", pseudo=True, overrides=["gamma=0.5"])
+    for text in recipe.settings_of(r, other, list(recipe.settings(type(r)))):
+        name = text.partition("=")[0]
+        if name not in ("supervised", "classes"):
+            given = ["gamma=0.5", text]
+            made = systems.recipe("usa-singapore-ssda", "ftdpp", pseudo=True, overrides=given)
+            assert made == r, text
+
+
+def test_given_settings_have_one_name() -> None:
+    """Whatever the order and the spelling; what is as the recipe has it is not named."""
+    base = systems.recipe("usa-singapore")
+    names = ["batch", "fusion", "lr_2d", "steps"]
+    texts = set()
+    for overrides in (
+        ["fusion=0", "batch=4", "steps=60000"],
+        ["steps=60_000", "batch=4", "fusion=False"],
+    ):
+        r = systems.recipe("usa-singapore", overrides=overrides)
+        texts.add(recipe.settings_of(r, base, names))
+    assert texts == {("batch=4", "fusion=false")}
+
+
+class Spy(ftdpp.Recipe):
+    """A recipe that remembers which of its settings were read."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in recipe.settings(ftdpp.Recipe):
+            READ.add(name)
+        return super().__getattribute__(name)
+
+
+READ: set[str] = set()
+
+
+@pytest.mark.parametrize("method", list(systems.METHODS))
+@pytest.mark.parametrize("pseudo", [False, True])
+def test_no_setting_that_a_step_reads_is_called_unread(method: str, pseudo: bool) -> None:
+    """By watching a whole step. `supervised` is read, but not for the user to set."""
+    r = systems.recipe("usa-singapore", method, "small", pseudo, ["batch=2", "dropout=0,0"])
+    spied = Spy(**dataclasses.asdict(r) | {"class_weights": (1.0,) * 6})
+    system = systems.build(spied).train()
+    system.streams(spied)
+    system.optimizers()
+    READ.clear()
+    labelled, target = a_batch(0), a_batch(1, pseudo=True)
+    terms = system("all", {"labelled": labelled, "unlabelled": target}, systems.Chance(0, 0))
+    system.after_step(1)
+    values = {name: getattr(r, name) for name in READ & r.unread().keys() - {"supervised"}}
+    # A weight of 0 is read to find out that the term is off, and so is a switch.
+    assert not any(values.values()), values
+    assert terms
 
 
 def test_a_pair_of_no_paper_has_a_default_row() -> None:
@@ -120,6 +187,16 @@ def test_a_pair_of_no_paper_has_a_default_row() -> None:
     assert not systems.in_paper(r) and systems.in_paper(systems.recipe("usa-singapore"))
     r = systems.recipe("usa-skitti", "xmuda", "small")
     assert (r.classes, r.crop, r.eval_batch) == ("street6", (112, 200), 1)
+    kitti = systems.recipe("skitti-skitti")
+    assert (kitti.crop, kitti.image, kitti.batch) == ((302, 480), (0, 0), 4)
+    assert not systems.in_paper(kitti)
+    for scenario in ("usa-skitti", "skitti-usa"):  # crops that both data sets can give
+        mixed = systems.recipe(scenario)
+        assert mixed.crop == (225, 400)
+        assert [mixed.image_size(aspect) for aspect in (None, 1242 / 375)] == [
+            (225, 400),
+            (225, 745),
+        ]
     assert systems.recipe("usa-skitti", "xmuda").lr_2d == 1e-3
     assert systems.recipe("skitti-singapore-ssda").supervised == "both"
     for scenario, hint in (

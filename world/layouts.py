@@ -125,7 +125,7 @@ _MOUNTS = {
 
 
 def mount(city: str, channel: str) -> tuple[Array, Array]:
-    """Translation (3,) in metres and rotation quaternion (4,) from a sensor's to the ego job."""
+    """Translation (3,) in metres and rotation quaternion (4,) from a sensor's to the ego frame."""
     translation, quaternion = _MOUNTS[channel]
     return translation + np.array([0, 0, CITIES[city].mount]), quaternion
 
@@ -412,8 +412,8 @@ def _build(root: Path, plan: Plan, workers: int, progress: files.Progress | None
         (folder / f"{name}.json").write_text(json.dumps(rows, indent=0) + "\n")
     for stale in partial.rglob(".*.tmp"):  # of workers that were killed
         stale.unlink()
-    note.unlink()
     os.replace(partial, root)
+    (root / note.name).unlink()  # only now: a kill before the rename loses nothing
 
 
 def _plan(source: str, target: str, frames: dict[str, int], seed: int, workers: int) -> Plan:
@@ -445,7 +445,7 @@ def write_world(
 
     root: the folder to create; its parent is made if need be. source, target: one of PAIRS.
     frames: overrides of DEFAULT_FRAMES by key. workers: processes; the files do not depend on it.
-    progress: called with (done, total, what) after each job.
+    progress: called with (done, total, what) after each frame.
 
     The files are built in a folder beside `root` that is renamed at the end: `root` is whole or
     absent. A build that was stopped leaves that folder; the next call with the same arguments goes

@@ -1,0 +1,5 @@
+"""`python -m ftdpp` is `ftd`."""
+
+from ftdpp.ftd import main
+
+main()
