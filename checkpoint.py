@@ -83,7 +83,8 @@ def stored_recipe(meta: dict[str, Any], path: Path) -> Any:
     try:
         if method not in METHODS:
             raise RecipeError(f"the method {method!r}, which this version does not know")
-        return from_dict(system_of(method).Recipe, meta["recipe"])
+        scenario = meta["recipe"].get("scenario", "")
+        return from_dict(system_of(method, scenario).Recipe, meta["recipe"])
     except RecipeError as error:
         raise RunError(f"{path}: has {error}; use the version of ftd that wrote it") from None
 

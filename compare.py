@@ -16,6 +16,7 @@ from ftdpp.checkpoint import RunError
 from ftdpp.evaluate import evaluate, write_pseudo_labels
 from ftdpp.files import Progress, replacing
 from ftdpp.index import Index, require_labels
+from ftdpp.readers import domains
 from ftdpp.recipe import RecipeError, given_names, settings_of
 from ftdpp.runs import Places
 from ftdpp.train import Run
@@ -95,6 +96,11 @@ class Comparison:
     threads: int
     pretrained: dict[str, Tensor] | None = None
 
+    @property
+    def split(self) -> str:
+        """The split of the figures: test; val where the labels of test are not public."""
+        return "test" if "test" in domains()[self.places.origins["tgt"].domain].splits else "val"
+
     def open(self, job: Job, pseudo: Path | None) -> tuple[Run, list[runs.Fact]]:
         """The run of a job, resumed where it was begun before, and the decisions about it."""
         run, facts = runs.assemble(
@@ -125,7 +131,11 @@ class Comparison:
         """
         require_labels(self._test(self.jobs[0], progress))
         for job in self.jobs:
-            for stream in systems.system_of(job.recipe.method).streams(job.recipe).values():
+            for stream in (
+                systems.system_of(job.recipe.method, job.recipe.scenario)
+                .streams(job.recipe)
+                .values()
+            ):
                 origin = self.places.origins[stream.side]
                 origin.index(stream.split, job.recipe, self.places.cache, progress)
         work = 0.0
@@ -138,7 +148,7 @@ class Comparison:
         return work, facts
 
     def _test(self, job: Job, progress: Progress) -> Index:
-        return self.places.origins["tgt"].index("test", job.recipe, self.places.cache, progress)
+        return self.places.origins["tgt"].index(self.split, job.recipe, self.places.cache, progress)
 
     def _labels(self, job: Job, progress: Progress) -> Path | None:
         """The pseudo-labels of a second stage, made from its first stage's last checkpoint."""
@@ -146,7 +156,7 @@ class Comparison:
             name = job.method.removesuffix("+pl")
             [first] = [j for j in self.jobs if (j.method, j.seed) == (name, job.seed)]
             system, meta = checkpoint.load(first.out / "last.safetensors", self.device)
-            streams = systems.system_of(job.recipe.method).streams(job.recipe)
+            streams = systems.system_of(job.recipe.method, job.recipe.scenario).streams(job.recipe)
             split = streams[runs.taught_stream(job.recipe)].split
             target = self.places.origins["tgt"]
             index = target.index(split, job.recipe, self.places.cache, progress)

@@ -1,9 +1,9 @@
 """From a frame to a training batch: classes, augmentation, voxels.
 
-A `Frame` is one LiDAR sweep and one image, with the points that fall into the image. `sample`
-augments and voxelises it, `collate` concatenates samples into a `Batch`. A row is a point
-everywhere. What is special to a data set lies in `readers`: this file knows none by its name.
-Frames are kept on disk by `index`.
+A `Frame` is an image with labelled places in it: the LiDAR points that fall into it, or every
+pixel. `sample` augments it and turns points into voxels, `collate` concatenates samples into a
+`Batch`. A row is such a place everywhere: a point, or in a dense data set a pixel. What is special
+to a data set lies in `readers`: this file knows none by its name. `index` keeps frames on disk.
 
 Conventions: metres, LiDAR frame; pixels are (row, col); images are RGB; coords are voxels (paper:
 5 cm). "Released code" is the code that its authors published with the FtD++ paper.
@@ -37,6 +37,29 @@ CLASS_SETS: dict[str, tuple[str, ...]] = {
     "a2d2_10": (
         "car", "truck", "bike", "person", "road", "parking", "sidewalk", "building", "nature",
         "other-objects",
+    ),
+    "nuscenes16": (
+        "barrier", "bicycle", "bus", "car", "construction_vehicle", "motorcycle", "pedestrian",
+        "traffic_cone", "trailer", "truck", "driveable_surface", "other_flat", "sidewalk",
+        "terrain", "manmade", "vegetation",
+    ),
+    "skitti19": (
+        "car", "bicycle", "motorcycle", "truck", "other-vehicle", "person", "bicyclist",
+        "motorcyclist", "road", "parking", "sidewalk", "other-ground", "building", "fence",
+        "vegetation", "trunk", "terrain", "pole", "traffic-sign",
+    ),
+    "cityscapes19": (
+        "road", "sidewalk", "building", "wall", "fence", "pole", "traffic_light", "traffic_sign",
+        "vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus", "train",
+        "motorcycle", "bicycle",
+    ),
+    "synthia16": (
+        "road", "sidewalk", "building", "wall", "fence", "pole", "traffic_light", "traffic_sign",
+        "vegetation", "sky", "person", "rider", "car", "bus", "motorcycle", "bicycle",
+    ),
+    "synthia13": (
+        "road", "sidewalk", "building", "traffic_light", "traffic_sign", "vegetation", "sky",
+        "person", "rider", "car", "bus", "motorcycle", "bicycle",
     ),
 }  # fmt: skip
 
@@ -72,12 +95,20 @@ def class_table(reader: Reader, classes: str, categories: Mapping[int, str]) -> 
 
 @dataclass
 class Frame:
+    """An image and its rows: M points; or, where `xyz` is None, its H x W pixels in order."""
+
     token: str
-    xyz: Array  # (M, 3) f32, metres
-    pixel: Array  # (M, 2) i16: row, col in `image`
-    label: Array  # (M,) u8, 255 = ignore
-    has_label: bool
     image: Array  # (H, W, 3) u8
+    label: Array  # of the points (M,), of the pixels (H, W): u8, 255 = ignore
+    has_label: bool
+    xyz: Array | None = None  # (M, 3) f32, metres
+    pixel: Array | None = None  # (M, 2) i16: row, col in `image`
+    depth: Array | None = None  # of the points (M,), of the pixels (H, W): f32, metres along the
+    # optical axis, 0 = unknown
+
+    @property
+    def rows(self) -> int:
+        return self.label.size
 
 
 # ---- samples ------------------------------------------------------------------------------------
@@ -93,7 +124,8 @@ class Augment:
     translate: bool = True  # anywhere in the grid
     jitter: float = 0.4  # brightness, contrast and saturation are multiplied by 1 +- this
     flip_2d: bool = True  # independent of flip_3d, as released
-    crop: tuple[int, int] | None = None  # (H, W): bottom of the image, random column
+    crop: tuple[int, int] | None = None  # (H, W), random column; points: bottom of the image
+    draw: int | None = None  # points drawn at random before the crop; None: all
 
 
 @dataclass
@@ -101,9 +133,10 @@ class Sample:
     token: str
     image: Tensor  # (3, H, W) f32 in [0, 1]
     pixel: Tensor  # (n, 2) i64 row, col
-    coords: Tensor  # (n, 3) i32 voxels, in [0, GRID)
+    coords: Tensor | None  # (n, 3) i32 voxels, in [0, GRID); None: rows are pixels
     label: Tensor  # (n,) i64, IGNORE = -100
-    keep: Tensor  # (n,) i64 rows of the frame's stored points
+    keep: Tensor  # (n,) i64 rows of the stored frame
+    depth: Tensor | None  # (1, H, W) f32 metres, 0 = nothing there; None: not asked for
 
 
 def rotation_3d(augment: Augment, flip_axis: int, rng: np.random.Generator) -> Array:
@@ -123,24 +156,34 @@ def rotation_3d(augment: Augment, flip_axis: int, rng: np.random.Generator) -> A
     return matrix
 
 
-def _crop(frame: Frame, crop: tuple[int, int], rng: np.random.Generator) -> tuple[int, int, Array]:
-    """Top and left of a crop, and the rows in it.
-
-    Up to ten columns are tried for more than 100 points. If none has them the fullest stays; the
-    released code then takes the whole image, which no batch of crops can hold.
-    """
-    height, width = frame.image.shape[:2]
-    if height < crop[0] or width < crop[1]:
+def _room(frame: Frame, crop: tuple[int, int]) -> tuple[int, int]:
+    """How far a crop can be moved, down and to the right. Raises DataError: not at all."""
+    room = frame.image.shape[0] - crop[0], frame.image.shape[1] - crop[1]
+    if min(room) < 0:
+        height, width = frame.image.shape[:2]
         raise DataError(
             f"frame {frame.token}: image {height}x{width} is smaller than "
             f"the crop {crop[0]}x{crop[1]}"
         )
-    row, col = frame.pixel.T
-    top, left = height - crop[0], 0
-    best = np.empty(0, np.int64)
+    return room
+
+
+def _crop(
+    frame: Frame, rows: Array, crop: tuple[int, int], rng: np.random.Generator
+) -> tuple[int, int, Array]:
+    """Top and left of a crop at the bottom of the image, and those of the points in it.
+
+    Up to ten columns are tried for more than 100 points. If none has them the fullest stays; the
+    released code then takes the whole image, which no batch of crops can hold.
+    """
+    assert frame.pixel is not None
+    top, most_left = _room(frame, crop)
+    row, col = frame.pixel[rows].T
+    left = 0
+    best = rows[:0]
     for _ in range(10):
-        start = int(rng.integers(width - crop[1] + 1))
-        inside = np.flatnonzero((row >= top) & (col >= start) & (col < start + crop[1]))
+        start = int(rng.integers(most_left + 1))
+        inside = rows[(row >= top) & (col >= start) & (col < start + crop[1])]
         if len(inside) > len(best):
             best, left = inside, start
         if len(best) > 100:
@@ -169,16 +212,29 @@ def sample(
     flip_axis: int,
     rng: np.random.Generator,
     scale: float = 20.0,
+    depth: bool = False,
 ) -> Sample:
     """Augment a frame and turn metres into voxels (`scale` voxels a metre).
 
-    All chance comes from `rng`. Points that leave the grid are dropped. Raises DataError if the
-    crop does not fit. Source: the released code; here the colour jitter comes after the crop.
+    All chance comes from `rng`. Points that leave the grid are dropped. Source: the released code;
+    here the colour jitter comes after the crop.
+
+    Args:
+        depth: whether the sample has a depth image; 0 where nothing is known.
+    Raises:
+        DataError: the crop does not fit, or the frame has no depth.
     """
+    if depth and frame.depth is None:
+        raise DataError(f"frame {frame.token}: no depth; add the depth files of the data set")
+    if frame.xyz is None:
+        return _sample_pixels(frame, augment, rng, depth)
+    assert frame.pixel is not None
     image, keep, top, left, mirror = frame.image, np.arange(len(frame.xyz)), 0, 0, False
     if augment is not None:
+        if augment.draw is not None and len(keep) > augment.draw:
+            keep = np.sort(rng.choice(len(keep), augment.draw, replace=False))
         if augment.crop is not None:
-            top, left, keep = _crop(frame, augment.crop, rng)
+            top, left, keep = _crop(frame, keep, augment.crop, rng)
             image = image[top : top + augment.crop[0], left : left + augment.crop[1]]
         if augment.jitter:
             image = _jitter(image, augment.jitter, rng)
@@ -200,11 +256,63 @@ def sample(
     if mirror:
         image = image[:, ::-1]
         pixel[:, 1] = image.shape[1] - 1 - pixel[:, 1]
-    label = frame.label[keep].astype(np.int64)
-    label[label == UNLABELLED] = IGNORE
-    pixels = np.ascontiguousarray(image.transpose(2, 0, 1), np.float32) / np.float32(255)
-    tensors = (torch.from_numpy(array) for array in (pixels, pixel, coords, label, keep))
-    return Sample(frame.token, *tensors)
+    distances = None
+    if depth:
+        assert frame.depth is not None
+        distances = np.zeros(image.shape[:2], np.float32)
+        far_first = np.argsort(-frame.depth[keep], kind="stable")  # the nearest point stays
+        distances[tuple(pixel[far_first].T)] = frame.depth[keep][far_first]
+    label = frame.label[keep]
+    return _as_tensors(frame.token, image, pixel, coords, label, keep, distances)
+
+
+def _sample_pixels(
+    frame: Frame, augment: Augment | None, rng: np.random.Generator, depth: bool
+) -> Sample:
+    """A sample of a dense frame: a random crop, colour jitter, a mirror. Every pixel is a row."""
+    height, width = frame.image.shape[:2]
+    view, mirror = np.s_[0:height, 0:width], False
+    if augment is not None:
+        if augment.crop is not None:
+            top, left = (int(rng.integers(room + 1)) for room in _room(frame, augment.crop))
+            view = np.s_[top : top + augment.crop[0], left : left + augment.crop[1]]
+        mirror = augment.flip_2d and rng.random() < 0.5
+    image, label = frame.image[view], frame.label[view]
+    keep = np.arange(height * width).reshape(height, width)[view]
+    distances = frame.depth[view] if depth and frame.depth is not None else None
+    if augment is not None and augment.jitter:
+        image = _jitter(image, augment.jitter, rng)
+    if mirror:
+        image, label, keep = (array[:, ::-1] for array in (image, label, keep))
+        distances = None if distances is None else distances[:, ::-1]
+    row, col = np.divmod(np.arange(label.size), label.shape[1])
+    pixel = np.stack([row, col], 1)
+    return _as_tensors(
+        frame.token, image, pixel, None, label.reshape(-1), keep.reshape(-1), distances
+    )
+
+
+def _as_tensors(
+    token: str,
+    image: Array,
+    pixel: Array,
+    coords: Array | None,
+    label: Array,
+    keep: Array,
+    depth: Array | None,
+) -> Sample:
+    wide = label.astype(np.int64)
+    wide[label == UNLABELLED] = IGNORE
+    colours = np.ascontiguousarray(image.transpose(2, 0, 1), np.float32) / np.float32(255)
+    return Sample(
+        token=token,
+        image=torch.from_numpy(colours),
+        pixel=torch.from_numpy(pixel),
+        coords=None if coords is None else torch.from_numpy(coords),
+        label=torch.from_numpy(wide),
+        keep=torch.from_numpy(np.ascontiguousarray(keep)),
+        depth=None if depth is None else torch.from_numpy(np.ascontiguousarray(depth))[None],
+    )
 
 
 # ---- batches ------------------------------------------------------------------------------------
@@ -212,17 +320,33 @@ def sample(
 
 @dataclass
 class Batch:
-    """Frames concatenated, one row a point; frame b's rows follow frame b-1's."""
+    """Frames concatenated; frame b's rows follow frame b-1's."""
 
     image: Tensor  # (B, 3, H, W) f32
     pixel: Tensor  # (N, 2) i64 row, col
-    coords: Tensor  # (N, 4) i32 b, x, y, z
     label: Tensor  # (N,) i64, IGNORE = -100
     tokens: list[str]
-    keep: list[Tensor]  # for each frame, its rows in the index
-    counts: list[int]  # points of each frame
+    keep: list[Tensor]  # for each frame, its rows in the stored frame
+    counts: list[int]  # rows of each frame
+    coords: Tensor | None = None  # (N, 4) i32 b, x, y, z; None: rows are pixels
+    depth: Tensor | None = (
+        None  # (B, 1, H, W) f32 metres, 0 = nothing there; where it was asked for
+    )
     pseudo: dict[str, Tensor] = field(default_factory=dict)
     # head -> pseudo-labels (N,) i64, IGNORE where none was kept
+
+    @property
+    def points(self) -> Tensor:
+        """`coords`, in a system that needs LiDAR points."""
+        assert self.coords is not None, "the data set is dense: it has no points"
+        return self.coords
+
+    @property
+    def batch_index(self) -> Tensor:
+        """(N,) i64: the frame of each row."""
+        counts = torch.tensor(self.counts, device=self.pixel.device)
+        frames = torch.arange(len(self.counts), device=self.pixel.device)
+        return torch.repeat_interleave(frames, counts, output_size=len(self.pixel))
 
     def to(self, device: torch.device | str) -> Batch:
         """A copy with its tensors on `device`; `keep` stays where it is."""
@@ -234,7 +358,8 @@ class Batch:
             self,
             image=moved(self.image),
             pixel=moved(self.pixel),
-            coords=moved(self.coords),
+            coords=None if self.coords is None else moved(self.coords),
+            depth=None if self.depth is None else moved(self.depth),
             label=moved(self.label),
             pseudo={head: moved(label) for head, label in self.pseudo.items()},
         )
@@ -250,6 +375,14 @@ def _require_one_size(images: Sequence[Tensor]) -> None:
         )
 
 
+def _all_or_none(tensors: Sequence[Tensor | None], what: str) -> list[Tensor]:
+    """The tensors, or an empty list where none is there."""
+    there = [tensor for tensor in tensors if tensor is not None]
+    if there and len(there) < len(tensors):
+        raise DataError(f"a batch mixes frames with {what} and frames without; use one data set")
+    return there
+
+
 def collate(samples: Sequence[Sample]) -> Batch:
     """Concatenate samples.
 
@@ -259,22 +392,25 @@ def collate(samples: Sequence[Sample]) -> Batch:
         raise ValueError("collate needs at least one sample, found none")
     _require_one_size([s.image for s in samples])
     counts = [len(s.label) for s in samples]
-    frames = torch.arange(len(samples), dtype=torch.int32)
-    b = torch.repeat_interleave(frames, torch.tensor(counts))
-    return Batch(
+    coords = _all_or_none([s.coords for s in samples], "points")
+    depth = _all_or_none([s.depth for s in samples], "depth")
+    batch = Batch(
         image=torch.stack([s.image for s in samples]),
         pixel=torch.cat([s.pixel for s in samples]),
-        coords=torch.cat([b[:, None], torch.cat([s.coords for s in samples])], 1),
         label=torch.cat([s.label for s in samples]),
         tokens=[s.token for s in samples],
         keep=[s.keep for s in samples],
         counts=counts,
+        depth=torch.stack(depth) if depth else None,
     )
+    if coords:
+        frame = batch.batch_index.int()[:, None]
+        batch.coords = torch.cat([frame, torch.cat(coords)], 1)
+    return batch
 
 
 def join(batches: Sequence[Batch]) -> Batch:
-    """The frames of several batches as one batch, in order. All have pseudo-labels of the same
-    heads.
+    """The frames of several batches as one batch, in order.
 
     Raises ValueError for none, DataError for images of different sizes.
     """
@@ -283,19 +419,22 @@ def join(batches: Sequence[Batch]) -> Batch:
     _require_one_size([batch.image for batch in batches])
     heads = batches[0].pseudo.keys()
     assert all(batch.pseudo.keys() == heads for batch in batches), "pseudo-labels of other heads"
-    coords, frames = [], 0
-    for batch in batches:
-        shifted = batch.coords.clone()
+    depth = _all_or_none([batch.depth for batch in batches], "depth")
+    parts: list[Tensor] = []
+    frames = 0
+    for points in _all_or_none([batch.coords for batch in batches], "points"):
+        shifted = points.clone()
         shifted[:, 0] += frames
-        coords.append(shifted)
-        frames += len(batch.counts)
+        frames += len(batches[len(parts)].counts)
+        parts.append(shifted)
     return Batch(
         image=torch.cat([batch.image for batch in batches]),
         pixel=torch.cat([batch.pixel for batch in batches]),
-        coords=torch.cat(coords),
         label=torch.cat([batch.label for batch in batches]),
         tokens=[token for batch in batches for token in batch.tokens],
         keep=[keep for batch in batches for keep in batch.keep],
         counts=[count for batch in batches for count in batch.counts],
+        coords=torch.cat(parts) if parts else None,
+        depth=torch.cat(depth) if depth else None,
         pseudo={head: torch.cat([batch.pseudo[head] for batch in batches]) for head in heads},
     )

@@ -110,7 +110,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> Score:
-    """Point-level evaluation of every head on the points that fall into the image.
+    """Evaluation of every head on all rows: the points that fall into the image, or all pixels.
 
     Without augmentation, in eval mode. A result of attention over the points of a batch depends a
     little on the batch: frames go in the index's order, `eval_batch` at a time.
@@ -167,7 +167,7 @@ def predict_frames(
         [(_, batch)] = batches_of(index, system.recipe, 1, range(i, i + 1))
         with torch.no_grad():
             found = system.predict(batch.to(device))[system.heads[-1]].argmax(1)
-        label = np.full(len(index.frame(i).xyz), UNLABELLED, np.uint8)
+        label = np.full(index.frame(i).rows, UNLABELLED, np.uint8)
         label[batch.keep[0].numpy()] = found.cpu().numpy()
         yield label
 
@@ -294,7 +294,7 @@ def write_pseudo_labels(
         parts = refined.split([len(rows) for rows in kept_rows])
         for i, (token, part) in enumerate(zip(index.tokens, parts, strict=True)):
             # Points outside the voxel grid were not predicted.
-            whole = torch.full((len(index.frame(i).xyz),), UNLABELLED, dtype=torch.uint8)
+            whole = torch.full((index.frame(i).rows,), UNLABELLED, dtype=torch.uint8)
             whole[kept_rows[i]] = part.masked_fill(part == IGNORE, UNLABELLED).to(torch.uint8)
             tensors[f"{token}/{head}"] = whole
     empty = [head for head in heads if not sum(meta["kept"][head])]
@@ -323,7 +323,7 @@ def check_pseudo_file(path: Path, r: Recipe) -> dict[str, Any]:
                 f"{path}: made for {key} {meta.get(key)!r}, this run has {wanted!r}; make one from "
                 f"a run of this {key} with: ftd pseudo RUN --out FILE"
             )
-    heads = system_of(r.method).pseudo_heads
+    heads = system_of(r.method, r.scenario).pseudo_heads
     if not all(sum(meta["kept"].get(head, [])) for head in heads):
         raise RunError(f"{path}: keeps no label; train the first stage longer")
     return meta

@@ -331,7 +331,10 @@ def train(
         str | None, typer.Option(help="Labelled source domain, e.g. usa; see the README.")
     ] = None,
     tgt: Annotated[str | None, typer.Option(help="Unlabelled target domain.")] = None,
-    method: Annotated[str, typer.Option(help="See: ftd recipes.")] = "ftdpp",
+    method: Annotated[
+        str | None,
+        typer.Option(help="See: ftd recipes. Default: ftdpp; source-only on dense data sets."),
+    ] = None,
     preset: Preset = None,
     steps: Steps = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -394,6 +397,7 @@ def train(
             f"--pseudo {pseudo}: no such file; make one with: ftd pseudo RUN --out {pseudo}", USAGE
         )
     scenario = f"{src}-{tgt}" + ("-ssda" if ssda else "")
+    method = method or ("source-only" if systems.is_dense(scenario) else "ftdpp")
     r = systems.recipe(scenario, method, preset, pseudo is not None, overrides)
     if pseudo is not None:
         protocol.check_pseudo_file(pseudo, r)
@@ -679,8 +683,8 @@ def evaluate(
     system, meta = files.load(path, dev)
     origin = _run_origin(run, domain, data, data_version, split, frames)
     r = system.recipe
-    split = split or "test"
     splits = _known_domain("--domain", origin.domain).splits
+    split = split or ("test" if "test" in splits else "val")
     if origin.frames is None and split not in splits:
         raise _fail(f"--split {split}: {origin.domain} has {', '.join(splits)}", USAGE)
     title = runs.title(r, tuple(meta.get("given", ())))
@@ -716,7 +720,10 @@ def _overlays(
     from ftdpp.index import original_frame
     from ftdpp.readers import plural
 
-    frames = ((original_frame(index, i), label) for i, label in zip(chosen, labels, strict=True))
+    # Points are drawn on the original image; pixels of a dense data set as they were predicted.
+    dense = bool(chosen) and index.frame(chosen[0]).xyz is None
+    pictures = (index.frame(i) if dense else original_frame(index, i) for i in chosen)
+    frames = zip(pictures, labels, strict=True)
     made = report.write_overlays(folder, frames, CLASS_SETS[r.classes], title, what)
     wrote = f"wrote {plural(len(made), 'picture')} to {folder}"
     console.print(wrote, soft_wrap=True)
@@ -873,7 +880,7 @@ def compare(
     with display:
         rows = work.run(lambda run, name: screen.drive(run, name, display), display.tell)
     title = (
-        f"{src} -> {tgt}, {preset} preset: mIoU in percent on the {tgt} test split "
+        f"{src} -> {tgt}, {preset} preset: mIoU in percent on the {tgt} {work.split} split "
         f"({plural(rows[0]['frames'], 'frame')}), checkpoint chosen on val, seeds {seeds}"
     )
     screen.show(screen.results(), screen.compare_table(rows, title))
@@ -904,9 +911,9 @@ def recipes(
 
     from ftdpp import screen, systems
 
-    known = [name for m in systems.METHODS for name in systems.system_of(m).scenarios]
+    known = systems.known_scenarios()
     made: dict[str, list[Any]] = {}
-    for name in [scenario] if scenario else dict.fromkeys(known):
+    for name in [scenario] if scenario else known:
         methods = systems.methods_for(name, second) or list(systems.METHODS)[:1]  # which refuses
         if method and (scenario or method in methods or method not in systems.METHODS):
             methods = [method]  # asked for by name: what is wrong with it is said

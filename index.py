@@ -1,7 +1,7 @@
 """The prepared index: the frames of a split, projected once, in flat memory-mapped files.
 
-`prepare` reads the frames of a split, keeps the points that fall into the image, resizes the image
-and writes both; `Index.frame` reads one frame back.
+`prepare` reads the frames of a split, keeps the points that fall into the image (of a dense data
+set every pixel), resizes the image and writes all; `Index.frame` reads one frame back.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from ftdpp.readers import (
     DataError,
     Domain,
     FrameRef,
+    RawFrame,
     domains,
     list_frames,
     plural,
@@ -35,7 +37,7 @@ from ftdpp.readers import (
     stamp,
 )
 
-FORMAT = 1  # version of the prepared index; a change makes old ones stale
+FORMAT = 2  # version of the prepared index; a change makes old ones stale
 CHUNK = 32  # frames between two checkpoints of `prepare`
 
 Record = dict[str, Any]  # what the index knows of a frame: token, number of points, image size, ...
@@ -45,15 +47,23 @@ _TYPES: dict[str, type[np.generic]] = {
     "xyz": np.float32,
     "pixel": np.int16,
     "label": np.uint8,
+    "depth": np.float32,
     "image": np.uint8,
 }
 
 
 def _shapes(record: Record) -> dict[str, tuple[int, ...]]:
-    points, (height, width) = record["points"], record["shape"]
+    """The arrays that are stored of a frame. What it lacks has no rows."""
+    points, (height, width) = record["rows"], record["shape"]
+    rows = (height, width) if record["dense"] else (points,)
+    none = (0,) if record["dense"] else rows
     return {
-        "xyz": (points, 3), "pixel": (points, 2), "label": (points,), "image": (height, width, 3),
-    }  # fmt: skip
+        "xyz": (*none, 3),
+        "pixel": (*none, 2),
+        "label": rows,
+        "depth": rows if record["depth"] else (0,),
+        "image": (height, width, 3),
+    }
 
 
 def _ends(records: Sequence[Record]) -> dict[str, list[int]]:
@@ -81,8 +91,8 @@ def _sha(*parts: Any) -> str:
 
 
 def _frame_sha(frame: Frame) -> str:
-    arrays = (frame.xyz, frame.pixel, frame.label, frame.image)
-    content = (np.ascontiguousarray(array).tobytes() for array in arrays)
+    arrays = (frame.xyz, frame.pixel, frame.label, frame.depth, frame.image)
+    content = (b"" if a is None else np.ascontiguousarray(a).tobytes() for a in arrays)
     return _sha(frame.token, list(frame.image.shape), *content)
 
 
@@ -100,7 +110,7 @@ class Index:
             meta = json.loads(file.read_text())
             self.identity: dict[str, Any] = meta["identity"]
             self.fingerprint: dict[str, Any] = meta["fingerprint"]
-            self._records: list[Record] = [r for r in meta["frames"] if r["points"]]
+            self._records: list[Record] = [r for r in meta["frames"] if r["rows"]]
             self.tokens: list[str] = [r["token"] for r in self._records]
             self._ends = _ends(self._records)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -115,7 +125,8 @@ class Index:
                 raise DataError(
                     f"{file}: damaged, {size} bytes, expected {ends[-1]}; prepare the data again"
                 )
-            self._maps[name] = np.memmap(file, np.uint8, "r")
+            # An empty file cannot be mapped.
+            self._maps[name] = np.memmap(file, np.uint8, "r") if size else np.empty(0, np.uint8)
 
     def __reduce__(self) -> tuple[type[Index], tuple[Path]]:
         # A loading process maps the files itself; the arrays would travel whole.
@@ -141,6 +152,10 @@ class Index:
         for name, shape in _shapes(record).items():
             content = self._maps[name][slice(*self._ends[name][i : i + 2])]
             arrays[name] = content.view(_TYPES[name]).reshape(shape)
+        if record["dense"]:
+            del arrays["xyz"], arrays["pixel"]
+        if not record["depth"]:
+            del arrays["depth"]
         return Frame(token=record["token"], has_label=record["has_label"], **arrays)
 
     def counts(self) -> Array:
@@ -172,8 +187,8 @@ def original_frame(index: Index, i: int) -> Frame:
     reader = reader_of(domain)
     table = class_table(reader, identity["classes"], reader.categories(ref))
     frame, _ = _prepare_frame(ref, table, None)
-    same = np.array_equal(frame.xyz, stored.xyz) and np.array_equal(frame.label, stored.label)
-    if not same:
+    assert frame.xyz is not None and stored.xyz is not None, "a dense frame is kept as it is shown"
+    if not (np.array_equal(frame.xyz, stored.xyz) and np.array_equal(frame.label, stored.label)):
         raise DataError(
             f"{root}: frame {stored.token} has changed since {index.path} was prepared; "
             "prepare the data again"
@@ -197,7 +212,7 @@ def resized(
 
 
 def _prepare_frame(ref: FrameRef, table: Array, size: tuple[int, int] | None) -> tuple[Frame, int]:
-    """Read and project a frame. Also returns how many non-finite points were dropped."""
+    """Read a frame and project its points. Also returns how many non-finite ones were dropped."""
     reader = READERS[ref.reader]
     raw = reader.read(ref)
     found = (raw.image.height, raw.image.width)
@@ -206,7 +221,12 @@ def _prepare_frame(ref: FrameRef, table: Array, size: tuple[int, int] | None) ->
             f"{ref.image_path}: image is {found} (H, W), the data set says {ref.image_size}; "
             "restore it"
         )
-    if raw.labels is not None and len(raw.labels) != len(raw.points):
+    if raw.points is None and raw.labels is not None and raw.labels.shape != found:
+        raise DataError(
+            f"{ref.label_path}: labels of {raw.labels.shape} (H, W) for an image of {found}; "
+            "download both again"
+        )
+    if raw.points is not None and raw.labels is not None and len(raw.labels) != len(raw.points):
         raise DataError(
             f"{ref.label_path}: {len(raw.labels)} labels for {len(raw.points)} points; "
             "download both again"
@@ -216,16 +236,53 @@ def _prepare_frame(ref: FrameRef, table: Array, size: tuple[int, int] | None) ->
             f"{ref.label_path}: label id {raw.labels.max()}, expected < {len(table)}; "
             "restore the file"
         )
-    rows = np.flatnonzero(np.isfinite(raw.points[:, :3]).all(1))
-    dropped = len(raw.points) - len(rows)
-    kept, row_col = reader.project(raw.points[rows, :3], ref.calib, found)
-    rows = rows[kept]
+    if raw.depth is not None and raw.depth.shape != found:
+        raise DataError(
+            f"{ref.depth_path}: depth of shape {raw.depth.shape} for an image of {found}; "
+            "download both again"
+        )
+    if raw.points is None:
+        return _dense_frame(ref, raw, table, size), 0
+
+    finite = np.isfinite(raw.points[:, :3]).all(1)
+    dropped, points = int((~finite).sum()), raw.points[finite]
+    if dropped:
+        raw = replace(
+            raw,
+            points=points,
+            labels=None if raw.labels is None else raw.labels[finite],
+            row_col=None if raw.row_col is None else raw.row_col[finite],
+        )
+    rows, row_col, depth = reader.project(raw, ref)
     image, pixel = resized(raw.image, row_col, size)
     label = np.full(len(rows), UNLABELLED, np.uint8)
     if raw.labels is not None:
         label = table[raw.labels[rows]]
-    frame = Frame(ref.token, raw.points[rows, :3], pixel, label, raw.labels is not None, image)
+    frame = Frame(
+        token=ref.token,
+        image=image,
+        label=label,
+        has_label=raw.labels is not None,
+        xyz=points[rows, :3],
+        pixel=pixel,
+        depth=depth.astype(np.float32),
+    )
     return frame, dropped
+
+
+def _dense_frame(ref: FrameRef, raw: RawFrame, table: Array, size: tuple[int, int] | None) -> Frame:
+    """A frame whose rows are pixels: image bilinear, labels and depth from the nearest pixel."""
+    image, _ = resized(raw.image, np.zeros((0, 2)), size)
+    height, width = image.shape[:2]
+    # The centre of a pixel, at the original size.
+    row = ((np.arange(height) + 0.5) * raw.image.height / height).astype(np.int64)
+    col = ((np.arange(width) + 0.5) * raw.image.width / width).astype(np.int64)
+    nearest = np.ix_(row, col)
+    label = np.full((height, width), UNLABELLED, np.uint8)
+    if raw.labels is not None:
+        label = table[raw.labels[nearest]]
+    depth = None if raw.depth is None else raw.depth[nearest].astype(np.float32)
+    return Frame(ref.token, image, label, raw.labels is not None, depth=depth)
 
 
 def require_frames(
@@ -345,7 +402,7 @@ def _resume(partial: Path, identity: dict[str, Any]) -> list[Record]:
             records = [json.loads(line) for line in lines[1:]]
     except (FileNotFoundError, ValueError, IndexError):
         pass  # nothing to go on from
-    held = _ends([record for record in records if record["points"]])
+    held = _ends([record for record in records if record["rows"]])
     ends = {partial / f"{name}.bin": places[-1] for name, places in held.items()}
     if not records or any(stamp(file)[1] < end for file, end in ends.items()):
         shutil.rmtree(partial, ignore_errors=True)
@@ -378,9 +435,10 @@ def _write(
             tell(start, len(refs), f"preparing {what}")
             chunk = refs[start : start + CHUNK]
             for frame, dropped in pool.map(lambda ref: _prepare_frame(ref, table, size), chunk):
-                if len(frame.xyz):
+                if frame.rows:
                     for name, file in files.items():
-                        file.write(np.ascontiguousarray(getattr(frame, name)).tobytes())
+                        if (array := getattr(frame, name)) is not None:
+                            file.write(np.ascontiguousarray(array).tobytes())
                 records.append(_record(frame, dropped, classes))
             for file in files.values():
                 file.flush()
@@ -393,10 +451,12 @@ def _write(
 
 
 def _record(frame: Frame, dropped: int, classes: int) -> Record:
-    counts = np.bincount(frame.label, minlength=256)
+    counts = np.bincount(frame.label.reshape(-1), minlength=256)
     return {
         "token": frame.token,
-        "points": len(frame.xyz),
+        "rows": frame.rows,
+        "dense": frame.xyz is None,
+        "depth": frame.depth is not None,
         "shape": list(frame.image.shape[:2]),
         "has_label": frame.has_label,
         "counts": counts[:classes].tolist(),
@@ -410,7 +470,7 @@ def _fingerprint(
     records: list[Record], identity: dict[str, Any], root: Path, stamps: list[tuple[str, int, int]]
 ) -> dict[str, Any]:
     """What the index holds: equal for equal data on any machine, no absolute path, no time."""
-    kept = [r for r in records if r["points"]]
+    kept = [r for r in records if r["rows"]]
     named = ("format", "version", "domain", "split", "classes", "size", "label_map")
     sizes = [(Path(path).relative_to(root).as_posix(), length) for path, length, _ in stamps]
     return {
@@ -419,7 +479,7 @@ def _fingerprint(
         "frames": len(kept),
         "empty_frames": len(records) - len(kept),
         "unlabelled_frames": sum(not r["has_label"] for r in kept),
-        "points": sum(r["points"] for r in kept),
+        "points": sum(r["rows"] for r in kept),
         "points_per_class": np.sum([r["counts"] for r in records], 0).tolist(),
         "ignored": sum(r["ignored"] for r in kept),
         "dropped_points": sum(r["dropped"] for r in records),

@@ -26,12 +26,22 @@ COLOURS: dict[str, Colour] = {
     "road": (114, 89, 218),
     "parking": (189, 49, 158),
     "sidewalk": (247, 200, 231),
-    "terrain": (192, 191, 12),
+    "terrain": (181, 224, 10),
     "building": (6, 159, 219),
     "vegetation": (112, 169, 131),
     "object": (255, 254, 100),
+    "bus": (61, 122, 211),
+    "train": (0, 117, 153),
+    "motorcycle": (64, 71, 232),
+    "rider": (253, 50, 83),
+    "fence": (186, 168, 119),
+    "wall": (148, 117, 187),
+    "pole": (203, 205, 200),
+    "traffic_light": (228, 201, 69),
+    "traffic_sign": (249, 245, 62),
+    "sky": (149, 215, 255),
 }
-# Names that other class sets have for the same thing.
+# Names that other class sets have for the same thing, or for one that is rare and never beside it.
 SAME = {
     "vehicle": "car",
     "driveable_surface": "road",
@@ -39,6 +49,19 @@ SAME = {
     "nature": "vegetation",
     "vegetation_terrain": "vegetation",
     "other-objects": "object",
+    "bicycle": "bike",
+    "pedestrian": "person",
+    "bicyclist": "rider",
+    "traffic-sign": "traffic_sign",
+    "barrier": "fence",
+    "traffic_cone": "traffic_sign",
+    "construction_vehicle": "train",
+    "trailer": "wall",
+    "other_flat": "parking",
+    "other-ground": "wall",
+    "other-vehicle": "bus",
+    "motorcyclist": "train",
+    "trunk": "traffic_light",
 }
 NONE: Colour = (125, 125, 125)  # a point without a label
 RIGHT: Colour = (165, 165, 165)
@@ -97,7 +120,8 @@ def panels_of(frame: Frame, prediction: np.ndarray, what: str = "prediction") ->
     """The prediction, and where the frame has labels, the truth and the errors beside it."""
     panels = [Panel(what, prediction)]
     if frame.has_label:
-        panels += [Panel("truth", frame.label), Panel("error", prediction, frame.label)]
+        truth = frame.label.reshape(-1)
+        panels += [Panel("truth", truth), Panel("error", prediction, truth)]
     return panels
 
 
@@ -117,7 +141,12 @@ def page(
     inner = width - 2 * GAP
     aspect = frame.image.shape[1] / frame.image.shape[0]
     columns = 1 if aspect > WIDE else len(panels)
-    if columns == 1:  # the view from above is a square to the right of the photo
+    dense = frame.xyz is None
+    if dense:  # no view from above
+        across = (inner - GAP * (columns - 1)) // columns
+        photo, above = (across, round(across / aspect)), (0, 0)
+        down = line + photo[1] + GAP
+    elif columns == 1:  # the view from above is a square to the right of the photo
         high = round((inner - GAP) / (aspect + 1))
         photo, above = (inner - GAP - high, high), (high, high)
         across, down = inner, line + high + GAP
@@ -134,12 +163,16 @@ def page(
     draw = ImageDraw.Draw(out)
     for i, text in enumerate(heading):
         draw.text((GAP, GAP + i * (line + size // 4)), text, INK, large)
-    colours, view = palette(names), _from_above(frame.xyz)
+    colours = palette(names)
     for i, panel in enumerate(panels):
         x, y = GAP + (i % columns) * (across + GAP), top + (i // columns) * down
         draw.text((x, y), panel.note(), INK, font)
         marks = _marks(panel, colours)
+        if frame.xyz is None:
+            out.paste(_painted(frame, marks, photo), (x, y + line))
+            continue
         out.paste(_photo(frame, marks, photo), (x, y + line))
+        view = _from_above(frame.xyz)
         corner = (x + photo[0] + GAP, y + line) if columns == 1 else (x, y + line + photo[1] + GAP)
         out.paste(_view(frame, view, marks, above, font), corner)
     out.paste(legend, (GAP, bottom))
@@ -156,7 +189,7 @@ def write_overlays(
     """One page a frame, as PNG files named after the frames' tokens.
 
     Args:
-        frames: each with the class of every point, (M,) u8, 255 = none.
+        frames: each with the class of every row, (M,) u8, 255 = none.
         names: of the classes. title: of every page; the token is added.
         what: the classes are, "prediction" or "kept pseudo-labels".
     """
@@ -232,10 +265,21 @@ def _photo(frame: Frame, marks: _Marks, size: tuple[int, int]) -> Image.Image:
     image = Image.fromarray(frame.image).resize((width, height), Image.Resampling.BICUBIC)
     grey = image.convert("L").point([round(0.8 * v) for v in range(256)]).convert("RGB")
     canvas = Image.blend(grey, image, PHOTO)
+    assert frame.pixel is not None and frame.xyz is not None
     xy = (frame.pixel[:, ::-1] + 0.5) * np.array([width, height]) / frame.image.shape[1::-1]
     radius = _radius(canvas, len(xy), width / 900, width / 240)
     _dots(canvas, xy, marks, np.linalg.norm(frame.xyz, axis=1), radius)
     return canvas.resize(size, Image.Resampling.BOX)
+
+
+def _painted(frame: Frame, marks: _Marks, size: tuple[int, int]) -> Image.Image:
+    """The camera image in grey, each labelled pixel in the colour of its class."""
+    shape = frame.image.shape[:2]
+    grey = np.asarray(Image.fromarray(frame.image).convert("L"), np.float32)[..., None]
+    share = np.where(marks.size.reshape(shape) >= 1, 0.65, 0.0)[..., None]
+    mixed = share * marks.colour.reshape(*shape, 3) + (1 - share) * grey
+    picture = Image.fromarray(mixed.astype(np.uint8))
+    return picture.resize(size, Image.Resampling.BICUBIC)
 
 
 def _from_above(xyz: np.ndarray) -> np.ndarray:
@@ -260,6 +304,7 @@ def _view(
     font: ImageFont.FreeTypeFont,
 ) -> Image.Image:
     """Points from above, the LiDAR at the bottom looking up, rings around it and a scale bar."""
+    assert frame.xyz is not None
     width, height = OVERSAMPLING * size[0], OVERSAMPLING * size[1]
     reach = float(np.clip(np.quantile(view[:, 1], 0.95), 20, 60)) if len(view) else 50.0
     scale = 0.94 * height / reach  # pixels a metre

@@ -83,7 +83,7 @@ def taught_stream(r: Recipe) -> str:
     Raises:
         RunError: there is none.
     """
-    streams = systems.system_of(r.method).streams(r)
+    streams = systems.system_of(r.method, r.scenario).streams(r)
     names = [name for name, stream in streams.items() if stream.pseudo]
     if len(names) != 1:
         raise RunError(f"{r.method} has {len(names)} streams that take pseudo-labels, expected 1")
@@ -115,7 +115,7 @@ def assemble(
     Returns:
         the run, and each decision made on the way.
     """
-    streams = systems.system_of(r.method).streams(r)
+    streams = systems.system_of(r.method, r.scenario).streams(r)
     for stream in streams.values():  # whatever is missing is said before anything is prepared
         places.origins[stream.side].require(stream.split)
     indexes = {

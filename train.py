@@ -51,8 +51,9 @@ class _Draw:
 
     def __init__(self, index: Index, stream: Stream, r: Recipe, seed: int) -> None:
         self.index, self.stream, self.recipe, self.seed = index, stream, r, seed
-        self.flip_axis = readers.domains()[index.identity["domain"]].flip_axis
-        self.augment = Augment(crop=r.crop if r.crop != (0, 0) else None)
+        domain = readers.domains()[index.identity["domain"]]
+        self.flip_axis, draw = domain.flip_axis, readers.reader_of(domain).draw
+        self.augment = Augment(crop=r.crop if r.crop != (0, 0) else None, draw=draw)
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def batch(self, iteration: int) -> Batch:
@@ -65,8 +66,8 @@ class _Draw:
                 self._epoch, self._order = epoch, order
             chance = generator(seed, AUGMENT, number, iteration, slot)
             frame = self.index.frame(int(self._order[place]))
-            scale = self.recipe.voxels_per_metre
-            samples.append(sample(frame, self.augment, self.flip_axis, chance, scale))
+            scale, depth = self.recipe.voxels_per_metre, self.stream.depth
+            samples.append(sample(frame, self.augment, self.flip_axis, chance, scale, depth))
         return collate(samples)
 
 
@@ -127,7 +128,9 @@ class Run:
         if self.device.type == "cuda":
             # Some of its gradients add atomically, and would not repeat.
             torch.backends.cudnn.deterministic = True
-        self.streams = systems.system_of(self.recipe.method).streams(self.recipe)
+        self.streams = systems.system_of(self.recipe.method, self.recipe.scenario).streams(
+            self.recipe
+        )
         self.recipe = self._with_class_weights(self.recipe)
         self.system = systems.build(self.recipe, self.seed)
         if self.pretrained is not None:

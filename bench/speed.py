@@ -260,10 +260,12 @@ def point_sets(
         samples = [
             data.sample(index.frame(i), None, 0, np.random.default_rng(0)) for i in range(size)
         ]
-        yield data.collate(samples).coords, f"{size} frame{'s' if size > 1 else ''}"
+        yield data.collate(samples).points, f"{size} frame{'s' if size > 1 else ''}"
     domain = readers.domains()[SOURCE]
     first = readers.list_frames(root, domain, "train")[0]
-    yield whole_sweep(readers.reader_of(domain).read(first).points), "a whole sweep"
+    sweep = readers.reader_of(domain).read(first).points
+    assert sweep is not None
+    yield whole_sweep(sweep), "a whole sweep"
     for scan in scans:
         points = readers.read_array(scan, np.float32, 4)
         yield whole_sweep(points), f"scan {scan.parent.parent.name}/{scan.stem}"
@@ -391,7 +393,7 @@ def step_cases(root: Path, cache: Path, device: torch.device) -> dict[str, Case]
     ):
         settings = [f"precision={precision}"]
         r = systems.recipe(f"{SOURCE}-{TARGET}", method, preset, overrides=settings)
-        streams = systems.system_of(method).streams(r)
+        streams = systems.system_of(method, r.scenario).streams(r)
         indexes = {
             name: Origin(SOURCE if s.side == "src" else TARGET, root).index(s.split, r, cache)
             for name, s in streams.items()
@@ -409,14 +411,14 @@ def step_cases(root: Path, cache: Path, device: torch.device) -> dict[str, Case]
 
 def network_parts(model: CrossModal, batch: data.Batch) -> dict[str, Callable[[], object]]:
     """Forward and backward of the 2D network, the 3D network with its maps, and the fusion."""
-    image = batch.coords[:, 0].long()
+    image = batch.points[:, 0].long()
 
     def camera() -> Tensor:
         return model.features_2d(batch.image)
 
     def lidar() -> Tensor:
-        maps = kernels.pyramid(batch.coords, model.net_3d.trunk.levels)
-        return model.features_3d(batch.coords, maps)
+        maps = kernels.pyramid(batch.points, model.net_3d.trunk.levels)
+        return model.features_3d(batch.points, maps)
 
     with torch.no_grad():
         map_2d, feat_3d = camera(), lidar()

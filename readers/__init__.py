@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ftdpp.readers.a2d2 import A2d2
 from ftdpp.readers.base import (
     Array,
     Calib,
@@ -26,8 +27,12 @@ from ftdpp.readers.base import (
     rotation,
     stamp,
 )
+from ftdpp.readers.cityscapes import Cityscapes
+from ftdpp.readers.gta5 import Gta5
 from ftdpp.readers.nuscenes import NuScenes
 from ftdpp.readers.semantic_kitti import SemanticKitti
+from ftdpp.readers.synthia import Synthia
+from ftdpp.readers.virtual_kitti import VirtualKitti
 
 __all__ = [
     "READERS", "Array", "Calib", "DataError", "Domain", "FrameRef", "RawFrame", "Reader", "check",
@@ -35,7 +40,8 @@ __all__ = [
     "read_image", "reader_of", "rotation", "stamp",
 ]  # fmt: skip
 
-READERS: dict[str, Reader] = {NuScenes.name: NuScenes(), SemanticKitti.name: SemanticKitti()}
+_ALL = (NuScenes, SemanticKitti, VirtualKitti, A2d2, Cityscapes, Gta5, Synthia)
+READERS: dict[str, Reader] = {reader.name: reader() for reader in _ALL}
 
 
 def domains() -> dict[str, Domain]:

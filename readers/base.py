@@ -1,6 +1,7 @@
 """What readers share: the contract of a reader, what it hands over, checks of files and numbers.
 
-Conventions of every reader: points in metres in the LiDAR frame, pixels as (row, col), RGB images.
+Conventions of every reader: points in metres in the LiDAR frame, pixels as (row, col), RGB images,
+depth in metres along the optical axis of the camera.
 """
 
 from __future__ import annotations
@@ -60,26 +61,29 @@ class FrameRef:
     scene: str
     reader: str  # key of READERS
     image_path: Path
-    points_path: Path
-    label_path: Path | None  # None: the frame has no labels
-    image_size: tuple[int, int] | None  # (H, W) where the data set states it
-    calib: Calib
+    points_path: Path | None = None  # None: a dense data set has no points
+    label_path: Path | None = None  # None: the frame has no labels
+    depth_path: Path | None = None
+    image_size: tuple[int, int] | None = None  # (H, W) where the data set states it
+    calib: Calib | None = None
     categories: tuple[tuple[int, str], ...] = ()  # raw id, raw name: where the ids are data, too
 
     @property
     def files(self) -> list[Path]:
-        """The files that hold this frame alone."""
-        paths = (self.image_path, self.points_path, self.label_path)
-        return [path for path in paths if path is not None]
+        """The files that hold this frame. One that holds points and labels counts once."""
+        paths = (self.image_path, self.points_path, self.label_path, self.depth_path)
+        return list(dict.fromkeys(path for path in paths if path is not None))
 
 
 @dataclass
 class RawFrame:
     """A frame as it lies on disk."""
 
-    points: Array  # (M, 4) f32: x, y, z, intensity
-    image: Image.Image
-    labels: Array | None  # (M,) raw ids
+    image: Image.Image  # RGB
+    points: Array | None = None  # (M, 3+) f32: x, y, z, and what else the reader stores
+    labels: Array | None = None  # raw ids: (M,) of the points, or (H, W) where `Reader.dense`
+    depth: Array | None = None  # (H, W) f32 metres along the optical axis, 0 = unknown
+    row_col: Array | None = None  # (M, 2) f32 pixels of the points where the data set stores them
 
 
 # ---- the contract -------------------------------------------------------------------------------
@@ -96,6 +100,8 @@ class Reader(ABC):
     image: tuple[int, int] | None = None  # default (H, W) of prepared images; None: the original
     crop: tuple[int, int] | None = None  # default (H, W) of the crop in training
     aspect: float | None = None  # width / height, where images are much wider than 16:9
+    dense: bool = False  # labels are images: every pixel is a row, there are no points
+    draw: int | None = None  # points drawn at random per sample in training; None: all
 
     @abstractmethod
     def list_frames(
@@ -110,12 +116,13 @@ class Reader(ABC):
     def read(self, ref: FrameRef) -> RawFrame:
         """Read one frame. Raises DataError for a missing, truncated or corrupt file."""
 
-    @abstractmethod
-    def project(self, xyz: Array, calib: Calib, image_size: tuple[int, int]) -> tuple[Array, Array]:
-        """Points (M,3) f32 -> rows that are kept (n,) i64, their pixels (n,2) f32, not rounded.
+    def project(self, raw: RawFrame, ref: FrameRef) -> tuple[Array, Array, Array]:
+        """The rows of raw.points that are kept (n,) i64, their pixels (n,2) f32, not rounded, and
+        their depths (n,) f32, metres along the optical axis.
 
-        Kept are points in front of the camera and strictly inside the image (H, W).
+        Kept are points in front of the camera and strictly inside raw.image. All points are finite.
         """
+        raise TypeError(f"{self.name} has no points to project")
 
     @abstractmethod
     def categories(self, ref: FrameRef) -> Mapping[int, str]:
@@ -157,7 +164,8 @@ def unit_rotation(quaternion: Sequence[float] | Array) -> Array:
 
 
 def inside_image(uvw: Array, rows: Array, image_size: tuple[int, int]) -> tuple[Array, Array]:
-    """Homogeneous pixels (3,n) of the points `rows` (n,) -> what `Reader.project` returns.
+    """Homogeneous pixels (3,n) of the points `rows` (n,) -> those of `rows` that have a pixel,
+    their pixels (m,2) f32, not rounded.
 
     The comparison follows the rounding to single precision: a point that rounds onto the border
     has no pixel.
@@ -236,5 +244,5 @@ def read_image(path: Path) -> Image.Image:
             return file.convert("RGB")
     except FileNotFoundError:
         raise _missing(path) from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: not a readable image ({error}); download it again") from None

@@ -17,7 +17,6 @@ import numpy as np
 
 from ftdpp.readers.base import (
     Array,
-    Calib,
     DataError,
     Domain,
     FrameRef,
@@ -64,6 +63,7 @@ _BELONGS: dict[str, Callable[[str, str], bool]] = {
     "singapore": lambda location, description: "singapore" in location.lower(),
     "day": lambda location, description: "night" not in description.lower(),
     "night": lambda location, description: "night" in description.lower(),
+    "nuscenes": lambda location, description: True,
 }
 
 
@@ -75,7 +75,7 @@ def _domain(name: str, **frames: int) -> Domain:
 def _in_split(scene: str, domain: str, split: str) -> bool:
     """Whether a scene ("0003") of a domain belongs to one of its splits train, val, test."""
     if scene in OFFICIAL_VAL:
-        return split == "test"
+        return split == ("val" if domain == "nuscenes" else "test")
     if scene in _VAL_SCENES.get(domain, ()):
         return split == "val"
     return split == "train"
@@ -93,6 +93,7 @@ class NuScenes(Reader):
         ),
         _domain("day", train=24745, test=5417),
         _domain("night", train=2779, val=606, test=602),
+        _domain("nuscenes", train=28130, val=6019),  # the official splits, for weak supervision
     )
     classes: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "street6": (
@@ -103,7 +104,26 @@ class NuScenes(Reader):
             "flat.terrain",
             "static.manmade",
             "static.vegetation",
-        )
+        ),
+        "nuscenes16": (
+            "movable_object.barrier",
+            "vehicle.bicycle",
+            "vehicle.bus.bendy, vehicle.bus.rigid",
+            "vehicle.car",
+            "vehicle.construction",
+            "vehicle.motorcycle",
+            "human.pedestrian.adult, human.pedestrian.child, human.pedestrian.construction_worker, "
+            "human.pedestrian.police_officer",
+            "movable_object.trafficcone",
+            "vehicle.trailer",
+            "vehicle.truck",
+            "flat.driveable_surface",
+            "flat.other",
+            "flat.sidewalk",
+            "flat.terrain",
+            "static.manmade",
+            "static.vegetation",
+        ),
     }
     label_files = "lidarseg.json and the lidarseg folder"
     image = (225, 400)  # from 900x1600
@@ -126,19 +146,23 @@ class NuScenes(Reader):
         return [row[0] for row in _key_frames(root, directory, stamps) if chosen(*row)]
 
     def read(self, ref: FrameRef) -> RawFrame:
+        assert ref.points_path is not None
         points = read_array(ref.points_path, np.float32, 5)[:, :4]  # the fifth is the ring
         labels = read_array(ref.label_path, np.uint8, 1)[:, 0] if ref.label_path else None
-        return RawFrame(points, read_image(ref.image_path), labels)
+        return RawFrame(read_image(ref.image_path), points, labels)
 
-    def project(self, xyz: Array, calib: Calib, image_size: tuple[int, int]) -> tuple[Array, Array]:
+    def project(self, raw: RawFrame, ref: FrameRef) -> tuple[Array, Array, Array]:
         """Kept are points with depth > 0. In double precision, with which kept points and pixels
         equal the released code's bit for bit."""
-        p = xyz.T.astype(np.float64)
-        for quaternion, translation, inverse in calib.steps:
+        assert raw.points is not None and ref.calib is not None
+        p = raw.points[:, :3].T.astype(np.float64)
+        for quaternion, translation, inverse in ref.calib.steps:
             turn, shift = rotation(quaternion), np.array(translation)[:, None]
             p = turn.T @ (p - shift) if inverse else turn @ p + shift
         front = np.flatnonzero(p[2] > 0)
-        return inside_image(np.array(calib.camera) @ p[:, front], front, image_size)
+        uvw = np.array(ref.calib.camera) @ p[:, front]
+        rows, row_col = inside_image(uvw, front, (raw.image.height, raw.image.width))
+        return rows, row_col, p[2, rows].astype(np.float32)
 
     def categories(self, ref: FrameRef) -> Mapping[int, str]:
         return dict(ref.categories)

@@ -1,6 +1,9 @@
 """SemanticKITTI: KITTI odometry with a label a point; a LiDAR and a camera in Karlsruhe.
 
-On disk: sequences/NN with velodyne, image_2, labels and calib.txt. Splits as in the released code.
+On disk: sequences/NN with velodyne, image_2, labels and calib.txt. Sequences 11-21 have no labels.
+The splits of `skitti` are those of the released code, where 07 validates and 08 tests; those of
+`kitti` the official ones, where 08 validates. The 19 classes are those of the official benchmark
+(semantic-kitti.yaml of github.com/PRBonn/semantic-kitti-api).
 """
 
 from __future__ import annotations
@@ -26,12 +29,15 @@ from ftdpp.readers.base import (
     read_image,
 )
 
-SEQUENCES = {
-    "train": ids("0-6 9-10", 2),
-    "val": ids("7", 2),
-    "test": ids("8", 2),
-    "train_labelled": ids("0-1", 2),
-    "train_unlabelled": ids("2-6 9-21", 2),
+SEQUENCES = {  # domain -> split -> sequences
+    "skitti": {
+        "train": ids("0-6 9-10", 2),
+        "val": ids("7", 2),
+        "test": ids("8", 2),
+        "train_labelled": ids("0-1", 2),
+        "train_unlabelled": ids("2-6 9-21", 2),
+    },
+    "kitti": {"train": ids("0-7 9-10", 2), "val": ids("8", 2), "hidden": ids("11-21", 2)},
 }
 _RAW_NAMES = {
     0: "unlabeled", 1: "outlier", 10: "car", 11: "bicycle", 13: "bus", 15: "motorcycle",
@@ -45,22 +51,17 @@ _RAW_NAMES = {
 }  # fmt: skip
 
 
+def _domain(name: str, **frames: int) -> Domain:
+    return Domain(name, "semantic_kitti", 1, tuple(SEQUENCES[name]), frames)
+
+
 class SemanticKitti(Reader):
     name = "semantic_kitti"
     domains = (
-        Domain(
-            name="skitti",
-            reader="semantic_kitti",
-            flip_axis=1,
-            splits=tuple(SEQUENCES),
-            frames={
-                "train": 18029,
-                "val": 1101,
-                "test": 4071,
-                "train_labelled": 5642,
-                "train_unlabelled": 32738,
-            },
+        _domain(
+            "skitti", train=18029, val=1101, test=4071, train_labelled=5642, train_unlabelled=32738
         ),
+        _domain("kitti", train=19130, val=4071, hidden=20351),
     )
     classes: ClassVar[Mapping[str, tuple[str, ...]]] = {
         # Ours, so that nuScenes and SemanticKITTI share a class set; no released code has it.
@@ -92,6 +93,27 @@ class SemanticKitti(Reader):
             "vegetation, trunk, terrain",
             "fence, pole, traffic-sign, other-object",
         ),
+        "skitti19": (
+            "car",
+            "bicycle",
+            "motorcycle",
+            "truck",
+            "other-vehicle, bus, on-rails",
+            "person",
+            "bicyclist",
+            "motorcyclist",
+            "road, lane-marking",
+            "parking",
+            "sidewalk",
+            "other-ground",
+            "building",
+            "fence",
+            "vegetation",
+            "trunk",
+            "terrain",
+            "pole",
+            "traffic-sign",
+        ),
     }
     label_files = "the labels folders"
     crop = (302, 480)
@@ -109,7 +131,7 @@ class SemanticKitti(Reader):
             )
         refs = []
         for sequence in sorted(path for path in base.iterdir() if path.is_dir()):
-            if split is not None and sequence.name not in SEQUENCES[split]:
+            if split is not None and sequence.name not in SEQUENCES[domain.name][split]:
                 continue
             scans = sorted((sequence / "velodyne").glob("*.bin"))
             if not scans:
@@ -125,36 +147,36 @@ class SemanticKitti(Reader):
                         image_path=sequence / "image_2" / f"{scan.stem}.png",
                         points_path=scan,
                         label_path=label if label.exists() else None,
-                        image_size=None,
                         calib=calib,
                     )
                 )
         return refs
 
     def read(self, ref: FrameRef) -> RawFrame:
+        assert ref.points_path is not None
         points = read_array(ref.points_path, np.float32, 4)
         labels = None
         if ref.label_path is not None:
             # The upper half of a label is the instance.
             labels = read_array(ref.label_path, np.uint32, 1)[:, 0] & 0xFFFF
-        return RawFrame(points, read_image(ref.image_path), labels)
+        return RawFrame(read_image(ref.image_path), points, labels)
 
-    def project(self, xyz: Array, calib: Calib, image_size: tuple[int, int]) -> tuple[Array, Array]:
+    def project(self, raw: RawFrame, ref: FrameRef) -> tuple[Array, Array, Array]:
         """Kept are points with x > 0. In single precision, with which kept points and pixels equal
         the released code's bit for bit."""
+        assert raw.points is not None and ref.calib is not None
+        xyz, camera = raw.points[:, :3], np.array(ref.calib.camera, np.float32)
         front = np.flatnonzero(xyz[:, 0] > 0)
         homogeneous = np.concatenate([xyz[front], np.ones((len(front), 1), np.float32)], 1)
-        return inside_image(np.array(calib.camera, np.float32) @ homogeneous.T, front, image_size)
+        size = raw.image.height, raw.image.width
+        rows, row_col = inside_image(camera @ homogeneous.T, front, size)
+        return rows, row_col, xyz[rows] @ camera[2, :3] + camera[2, 3]
 
     def categories(self, ref: FrameRef) -> Mapping[int, str]:
         return _RAW_NAMES
 
     def tables(self, root: Path, version: str | None, refs: Sequence[FrameRef]) -> list[Path]:
-        return sorted({_sequence(ref) / "calib.txt" for ref in refs})
-
-
-def _sequence(ref: FrameRef) -> Path:
-    return ref.points_path.parent.parent
+        return sorted({ref.image_path.parents[1] / "calib.txt" for ref in refs})
 
 
 def _read_calib(path: Path) -> Calib:

@@ -69,6 +69,7 @@ class Stream:
     number: int  # keeps its chance (order of frames, augmentation) apart from other streams'
     weights: str = ""  # the setting that holds its class weights, computed where it is empty
     pseudo: bool = False  # whether it receives the pseudo-labels of a first stage
+    depth: bool = False  # whether its batches have a depth image
 
 
 class System(nn.Module):
@@ -92,6 +93,7 @@ class System(nn.Module):
     # Settings that --ssda and a second stage on pseudo-labels add; empty: the system has none.
     semi_supervised: ClassVar[Mapping[str, Any]] = {}
     second_stage: ClassVar[Mapping[str, Any]] = {}
+    small_crop: ClassVar[Mapping[str, Any]] = SMALL_CROPPED  # where training draws crops
 
     recipe: Any  # Recipe; a subclass reads settings of its own
 
@@ -150,6 +152,7 @@ class Method(NamedTuple):
     module: str  # below ftdpp.systems; with a dot in it, any module
     settings: Mapping[str, Any] = {}
     semi_supervised: bool = False  # whether it can use labelled target frames beside the source
+    dense: str = ""  # the module that takes its place on dense data sets; empty: it needs points
 
 
 _NO_TEACHER = {"distill_single": 0.0, "distill_fused": 0.0, "student_mix": 1.0}
@@ -157,12 +160,14 @@ _NO_MIMICRY = {"mimic_src": 0.0, "mimic_tgt": 0.0}
 _XMUDA = {**_NO_TEACHER, "fusion": False, "ce_3d": 1.0, "pseudo_debias": False}
 
 METHODS: dict[str, Method] = {
-    "source-only": Method("family", {**_XMUDA, **_NO_MIMICRY}),
+    "source-only": Method("family", {**_XMUDA, **_NO_MIMICRY}, dense="image"),
     "source-only-fusion": Method("ftdpp", {**_NO_TEACHER, **_NO_MIMICRY}),
     "xmuda": Method("family", _XMUDA, semi_supervised=True),
     "ftdpp": Method("ftdpp", semi_supervised=True),
     "target-only": Method(
-        "family", {**_XMUDA, **_NO_MIMICRY, "supervised": "target", "class_weights": ()}
+        "family",
+        {**_XMUDA, **_NO_MIMICRY, "supervised": "target", "class_weights": ()},
+        dense="image",
     ),
 }
 PRESETS = ("paper", "small")
@@ -193,7 +198,7 @@ def recipe(
     ):
         if found not in known:
             raise unknown(what, found, known)
-    row, system = METHODS[method], system_of(method)
+    row, system = METHODS[method], system_of(method, scenario)
     if scenario.endswith("-ssda") and not row.semi_supervised:
         able = ", ".join(name for name, other in METHODS.items() if other.semi_supervised)
         raise RecipeError(f"{method} has no semi-supervised form; drop --ssda, or use: {able}")
@@ -201,9 +206,11 @@ def recipe(
     if scenario_row is None:
         scenario_row = {**default_row(scenario, list(system.scenarios)), **system.default}
         scenario_row |= system.semi_supervised if scenario.endswith("-ssda") else {}
-    values = {**scenario_row, **row.settings}
+    fields = {field.name for field in dataclasses.fields(system.Recipe)}
+    own = {name: value for name, value in row.settings.items() if name in fields}
+    values = {**scenario_row, **own}
     if preset == "small":
-        values |= {**system.small, **(SMALL_CROPPED if "crop" in values else {})}
+        values |= {**system.small, **(system.small_crop if "crop" in values else {})}
     if pseudo and not system.second_stage:
         raise RecipeError(f"{method} has no second stage on pseudo-labels; drop --pseudo")
     values |= system.second_stage if pseudo else {}
@@ -229,13 +236,29 @@ def _check_classes(r: Recipe) -> None:
 
 def methods_for(scenario: str, second_stage: bool = False) -> list[str]:
     """The methods that have a form for a scenario, and for its second stage."""
-    return [
-        name
-        for name, row in METHODS.items()
-        if (row.semi_supervised or not scenario.endswith("-ssda"))
-        and (system_of(name).second_stage or not second_stage)
-        and (scenario in system_of(name).scenarios or not _strange(scenario))
-    ]
+
+    def fits(name: str, row: Method) -> bool:
+        if is_dense(scenario) and not row.dense:
+            return False
+        if scenario.endswith("-ssda") and not row.semi_supervised:
+            return False
+        system = system_of(name, scenario)
+        if second_stage and not system.second_stage:
+            return False
+        return scenario in system.scenarios or not _strange(scenario)
+
+    return [name for name, row in METHODS.items() if fits(name, row)]
+
+
+def known_scenarios() -> list[str]:
+    """The scenarios that have a row in a system."""
+    modules = [m for row in METHODS.values() for m in (row.module, row.dense) if m]
+    systems = [_load(module) for module in dict.fromkeys(modules)]
+    return list(dict.fromkeys(name for system in systems for name in system.scenarios))
+
+
+def _load(module: str) -> type[System]:
+    return import_module(module if "." in module else f"ftdpp.systems.{module}").System
 
 
 def _strange(scenario: str) -> list[str]:
@@ -244,15 +267,31 @@ def _strange(scenario: str) -> list[str]:
     return [name for name in names if name not in readers.domains()]
 
 
-def system_of(method: str) -> type[System]:
-    """The class `System` of a method's module."""
-    module = METHODS[method].module
-    return import_module(module if "." in module else f"ftdpp.systems.{module}").System
+def system_of(method: str, scenario: str) -> type[System]:
+    """The class that trains a method on a scenario.
+
+    Raises:
+        RecipeError: the method needs points and a data set of the scenario has none.
+    """
+    row, module = METHODS[method], METHODS[method].module
+    if is_dense(scenario):
+        if not row.dense:
+            able = ", ".join(name for name, other in METHODS.items() if other.dense)
+            raise RecipeError(f"{method} needs LiDAR points, {scenario} has none; use: {able}")
+        module = row.dense
+    return _load(module)
 
 
 def in_paper(r: Recipe) -> bool:
     """Whether the scenario has a row of its own; if not, `default_row` was taken."""
-    return r.scenario in system_of(r.method).scenarios
+    return r.scenario in system_of(r.method, r.scenario).scenarios
+
+
+def is_dense(scenario: str) -> bool:
+    """Whether a scenario has a dense data set, whose rows are pixels."""
+    domains = readers.domains()
+    names = [name for name in scenario.removesuffix("-ssda").split("-") if name in domains]
+    return any(readers.reader_of(domains[name]).dense for name in names)
 
 
 def default_row(scenario: str, known: Sequence[str]) -> dict[str, Any]:
@@ -287,4 +326,4 @@ def default_row(scenario: str, known: Sequence[str]) -> dict[str, Any]:
 
 def build(r: Recipe, seed: int = 0, training: bool = True) -> Any:
     """The system of a recipe, with the initial weights of a seed."""
-    return system_of(r.method)(r, seed, training)
+    return system_of(r.method, r.scenario)(r, seed, training)

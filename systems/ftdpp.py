@@ -537,7 +537,7 @@ def stylise(labelled: Batch, unlabelled: Batch, r: Recipe, coin: bool) -> tuple[
         image = fda(labelled.image, unlabelled.image, r.fda_beta)
     else:
         image = mixup(labelled.image, unlabelled.image, r.teacher_mix)
-    return image, density_transfer(labelled.coords, unlabelled.coords, len(labelled.image))
+    return image, density_transfer(labelled.points, unlabelled.points, len(labelled.image))
 
 
 # ---- the losses ----------------------------------------------------------------------------------
@@ -592,7 +592,7 @@ def supervised_loss(
     """Cross-entropy of the labelled batch. Semi-supervised: the mean of source and target half."""
     if weight_tgt is None:
         return cross_entropy(logits, batch.label, weight)
-    is_source = batch.coords[:, 0] < source_share(len(batch.image))
+    is_source = batch.points[:, 0] < source_share(len(batch.image))
     source = batch.label.masked_fill(~is_source, IGNORE)
     target = batch.label.masked_fill(is_source, IGNORE)
     return 0.5 * (cross_entropy(logits, source, weight) + cross_entropy(logits, target, weight_tgt))
@@ -679,7 +679,7 @@ class System(Contract):
         if r.student_mix < 1:
             assert unlabelled is not None
             image = mixup(image, unlabelled.image, r.student_mix)
-        src = student(image, labelled.pixel, labelled.coords)
+        src = student(image, labelled.pixel, labelled.points)
         terms["seg_2d"] = supervised_loss(src.main_2d, labelled, weight, weight_tgt)
         terms["seg_3d"] = r.ce_3d * supervised_loss(src.main_3d, labelled, weight, weight_tgt)
         if r.mimic_src:
@@ -689,7 +689,7 @@ class System(Contract):
 
         if r.mimic_tgt or r.pseudo:
             assert unlabelled is not None
-            tgt = student(unlabelled.image, unlabelled.pixel, unlabelled.coords)
+            tgt = student(unlabelled.image, unlabelled.pixel, unlabelled.points)
             terms |= self.target_terms(tgt, unlabelled)
 
         if self.teacher is not None:
@@ -726,7 +726,7 @@ class System(Contract):
 
     def predict(self, batch: Batch) -> dict[str, Tensor]:
         """2D is the main (fused) 2D head, 3D the main 3D head, 2D+3D softmax(p2 + p3)."""
-        logits = self.student(batch.image, batch.pixel, batch.coords)
+        logits = self.student(batch.image, batch.pixel, batch.points)
         p2, p3 = F.softmax(logits.main_2d, 1), F.softmax(logits.main_3d, 1)
         return {"2d": p2, "3d": p3, "2d+3d": F.softmax(p2 + p3, 1)}
 

@@ -19,9 +19,12 @@ real = pytest.mark.skipif(
     not REALDATA.is_dir(),
     reason=f"REAL FRAMES NOT READ: no folder {REALDATA}; set FTD_REALDATA to it",
 )
-SINGAPORE, USA, DAY, NIGHT, SKITTI = (
-    readers.domains()[name] for name in ("singapore", "usa", "day", "night", "skitti")
-)
+SINGAPORE, USA, DAY, NIGHT, NUSCENES, SKITTI, KITTI, VKITTI, A2D2 = (
+    readers.domains()[name]
+    for name in (
+        "singapore", "usa", "day", "night", "nuscenes", "skitti", "kitti", "vkitti", "a2d2",
+    )
+)  # fmt: skip
 POINTS = 60
 
 
@@ -145,4 +148,86 @@ def kitti(
             if sequence < "11":
                 ids = np.array([10, 40, 48, 70, 252, 0], np.uint32)[np.arange(POINTS) % 6]
                 write(base / f"labels/{i:06}.label", ids | np.uint32(7 << 16))
+    return root
+
+
+VKITTI_LABELS = [0, 3, 4, 12, 13, 99]
+
+
+def virtual_kitti(
+    root: Path, sequences: tuple[str, ...] = ("0001", "0020"), clouds: str = "vkitti_npy"
+) -> Path:
+    """One frame a sequence in all weathers. A point is a pixel of the depth image, as in the
+    original; the first two are the corners of the image."""
+    height, width = 375, 1242
+    for s, sequence in enumerate(sequences):
+        rng = np.random.default_rng(s)
+        pixel = np.stack([rng.integers(0, height, POINTS), rng.integers(0, width, POINTS)])
+        pixel[:, :2] = [[0, height - 1], [0, width - 1]]
+        depth = rng.uniform(4, 90, POINTS)
+        y, z = (620.5 - pixel[1]) / 725 * depth, (187 - pixel[0]) / 725 * depth
+        colours, label = rng.integers(0, 256, (3, POINTS)), np.resize(VKITTI_LABELS, POINTS)
+        (root / clouds / sequence).mkdir(parents=True)
+        cloud = np.stack([depth, y, z, *colours, label], 1)
+        np.save(root / clouds / sequence / "00000.npy", cloud)
+        for w, weather in enumerate(("clone", "fog", "morning", "overcast", "rain", "sunset")):
+            image = Image.new("RGB", (width, height), (40 * w, 40 * s, 0))
+            write(root / "vkitti_1.3.1_rgb" / sequence / weather / "00000.png", image)
+    return root
+
+
+PALETTE = {
+    "#ff0000": "Car 1", "#c80000": "Car 2", "#ff00ff": "RD normal street", "#87ceff": "Sky",
+    "#f1e6ff": "Buildings", "#93fdc2": "Nature object",
+}  # fmt: skip
+A2D2_SIZE = (60, 96)
+A2D2_CAMERA = {
+    "Lens": "Telecam",
+    "Resolution": [A2D2_SIZE[1], A2D2_SIZE[0]],
+    "CamMatrix": [[80, 0, 47.5], [0, 80, 29.5], [0, 0, 1]],
+    "CamMatrixOriginal": [[82, 0, 48.2], [0, 81, 29.1], [0, 0, 1]],
+    "Distortion": [[-0.26, 0.1, 0.001, -0.002, -0.02]],
+}
+
+
+def a2d2_points(seed: int) -> dict[str, np.ndarray]:
+    """What an npz holds: points in the camera's view, x ahead, and their pixels."""
+    points = cloud(seed, 3, 0).astype(np.float64)
+    x, y, z = points.T
+    return {
+        "points": points,
+        "row": 29.5 - 80 * z / x,
+        "col": 47.5 - 80 * y / x,
+        "depth": x,
+        "distance": np.linalg.norm(points, axis=1),
+        "reflectance": np.full(POINTS, 7),
+    }
+
+
+def save_npz(path: Path, content: dict[str, Any]) -> None:
+    with path.open("wb") as file:
+        np.savez(file, allow_pickle=True, **content)
+
+
+def a2d2_label() -> Image.Image:
+    """Vertical stripes of 16 pixels, one a class."""
+    colours = [[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in PALETTE]
+    row = np.repeat(np.array(colours, np.uint8), 16, 0)
+    return Image.fromarray(np.repeat(row[None], A2D2_SIZE[0], 0))
+
+
+def a2d2(
+    root: Path, drives: tuple[str, ...] = ("20180807_145028", "20180810_142822"), frames: int = 2
+) -> Path:
+    write(root / "class_list.json", PALETTE)
+    write(root / "cams_lidars.json", {"cameras": {"front_center": A2D2_CAMERA}})
+    for drive in drives:
+        for i in range(frames):
+            base, name = root / drive, drive.replace("_", "") + "_{}_frontcenter_" + f"{i:09}"
+            image = picture(i, A2D2_SIZE[1], A2D2_SIZE[0])
+            write(base / "camera/cam_front_center" / (name.format("camera") + ".png"), image)
+            write(base / "label/cam_front_center" / (name.format("label") + ".png"), a2d2_label())
+            lidar = base / "lidar/cam_front_center" / (name.format("lidar") + ".npz")
+            lidar.parent.mkdir(parents=True, exist_ok=True)
+            save_npz(lidar, a2d2_points(i))
     return root

@@ -17,7 +17,9 @@ def a_frame(n: int = 2000, height: int = 112, width: int = 200) -> Frame:
     xyz = rng.uniform([-30, 0, -2], [30, 60, 6], (n, 3)).astype(np.float32)
     pixel = np.stack([rng.integers(0, height, n), rng.integers(0, width, n)], 1).astype(np.int16)
     label = rng.choice(np.array([0, 1, 5, 255], np.uint8), n)
-    return Frame("f", xyz, pixel, label, True, rng.integers(0, 256, (height, width, 3), np.uint8))
+    image = rng.integers(0, 256, (height, width, 3), np.uint8)
+    distance = np.linalg.norm(xyz, axis=1).astype(np.float32)
+    return Frame("f", image, label, True, xyz, pixel, distance)
 
 
 def test_sample_without_augmentation() -> None:
@@ -64,9 +66,7 @@ def test_flip_touches_one_element(axis: int) -> None:
 
 def test_nothing_leaves_the_grid_or_the_image() -> None:
     frame = a_frame()
-    huge = Frame(
-        "huge", frame.xyz * 6, frame.pixel, frame.label, True, frame.image
-    )  # 360 m, the grid is 205 m
+    huge = replace(frame, token="huge", xyz=frame.xyz * 6)  # 360 m, the grid is 205 m
     for seed in range(30):
         rng = np.random.default_rng(seed)
         for f in (frame, huge):

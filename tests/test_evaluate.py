@@ -150,6 +150,7 @@ def test_library_predicts_what_the_evaluation_does(
     ref = list_frames(world, readers.domains()["singapore"], "test")[0]
     # A calibration that puts each point onto its own pixel: this camera's, as one matrix.
     matrix, offset = np.eye(3), np.zeros(3)
+    assert ref.calib is not None
     for quaternion, translation, inverse in ref.calib.steps:
         rotation = readers.base.rotation(quaternion)
         rotation = rotation.T if inverse else rotation

@@ -188,9 +188,9 @@ def test_keep_mask_rate(p: float) -> None:
 
 def test_cbam_residual() -> None:
     net = CBAM(8)
-    nn.init.zeros_(net.channel[2].weight)  # type: ignore[arg-type]
+    nn.init.zeros_(net.channel[2].weight)
     nn.init.zeros_(net.spatial.weight)
-    nn.init.zeros_(net.spatial.bias)  # type: ignore[arg-type]
+    nn.init.zeros_(net.spatial.bias)
     x = torch.randn(2, 8, 5, 6)
     assert torch.allclose(net(x), 1.25 * x)  # both gates sigmoid(0)
 

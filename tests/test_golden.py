@@ -404,7 +404,7 @@ def test_evaluation() -> None:
         close(fused[-1], golden[f"{name}.fused"], 1e-4, f"{name}.fused")
         # softmax(p2 + p3). Its tolerance follows from that on the logits: softmax halves a
         # deviation at least (p (1 - p) <= 1/4, against the other classes), and it is applied twice.
-        frames = data.Batch(image, pixel, coords, torch.zeros(0), [], [], [])
+        frames = data.Batch(image, pixel, torch.zeros(0), [], [], [], coords)
         ensemble = system.predict(frames)["2d+3d"]
         deviation = (ensemble - golden[f"{name}.ensemble"]).abs().max().item()
         heads = (golden[f"{name}.main_2d"], golden[f"{name}.main_3d"])
@@ -638,8 +638,8 @@ def test_projection(dataset: str) -> None:
             if f"{key}.row_col" not in golden:
                 continue
             raw = reader.read(ref)
-            width, height = raw.image.size
-            kept, row_col = reader.project(raw.points[:, :3], ref.calib, (height, width))
+            assert raw.points is not None
+            kept, row_col, _ = reader.project(raw, ref)
             assert len(kept) == counts[ref.token.replace("/", ".")]
             assert torch.equal(torch.from_numpy(row_col), golden[f"{key}.row_col"])
             xyz = raw.points[kept, :3]

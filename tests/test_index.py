@@ -47,8 +47,8 @@ def test_prepare_holds_what_the_reader_reads(root: Path) -> None:
     ref = list_frames(root, SINGAPORE, "train")[1]
     reader = READERS[ref.reader]
     raw, frame = reader.read(ref), index.frame(1)
-    kept, row_col = reader.project(raw.points[:, :3], ref.calib, (225, 400))
-    assert raw.labels is not None and len(kept) > 0
+    kept, row_col, _ = reader.project(raw, ref)
+    assert raw.points is not None and raw.labels is not None and len(kept) > 0
     np.testing.assert_array_equal(frame.xyz, raw.points[kept, :3])
     scaled = np.floor(row_col) * [112 / 225, 200 / 400]
     np.testing.assert_array_equal(frame.pixel, scaled.astype(int))
@@ -72,7 +72,8 @@ def test_prepare_holds_what_the_reader_reads(root: Path) -> None:
 def test_index_is_plain_and_travels(root: Path) -> None:
     index = build(root)
     files = sorted(path.name for path in index.path.iterdir())
-    assert files == ["image.bin", "label.bin", "meta.json", "pixel.bin", "xyz.bin"]
+    names = ("depth.bin", "image.bin", "label.bin", "meta.json", "pixel.bin", "xyz.bin")
+    assert tuple(files) == names
     assert not list(index.path.parent.glob("*.partial"))
     with ProcessPoolExecutor(1, get_context("spawn")) as worker:
         frame = worker.submit(index.frame, 1).result()  # it receives the path, not the arrays
@@ -166,7 +167,7 @@ def test_original_frame(root: Path, size: tuple[int, int] | None) -> None:
     for i, ref in enumerate(list_frames(root, SINGAPORE, "train")):
         stored, original = index.frame(i), original_frame(index, i)
         raw = READERS[ref.reader].read(ref)
-        _, row_col = READERS[ref.reader].project(raw.points[:, :3], ref.calib, (225, 400))
+        _, row_col, _ = READERS[ref.reader].project(raw, ref)
         np.testing.assert_array_equal(original.image, np.asarray(raw.image))
         np.testing.assert_array_equal(original.pixel, np.floor(row_col))
         np.testing.assert_array_equal(original.xyz, stored.xyz)

@@ -44,10 +44,10 @@ def test_imagenet_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     }
     state["fc.weight"] = torch.zeros(1000, 512)
     torch.save(state, tmp_path / "resnet34.pth")
-    before = net.up[0][0].weight.clone()  # type: ignore[index]
+    before = net.up[0][0].weight.clone()
     net.load_state_dict(imagenet_weights(16, tmp_path / "resnet34.pth"), strict=False)
     assert torch.equal(net.state_dict()["layer3.5.conv2.weight"], state["layer3.5.conv2.weight"])
-    assert torch.equal(net.up[0][0].weight, before)  # type: ignore[index]
+    assert torch.equal(net.up[0][0].weight, before)
     with pytest.raises(ValueError, match="width 32"):
         imagenet_weights(32, tmp_path / "resnet34.pth")
     for content in ([1, 2], {"conv1.weight": 3}):
@@ -117,11 +117,11 @@ def test_teacher_is_the_mean_of_its_start_and_all_students() -> None:
     values = [teacher.weight.clone()]
     for step in range(1, 8):
         nn.init.normal_(student.weight)
-        student.running_mean.fill_(step)  # type: ignore[union-attr]
+        student.running_mean.fill_(step)
         values.append(student.weight.detach().clone())
         update_teacher(teacher, student, step)
         assert torch.allclose(teacher.weight, torch.stack(values).mean(0), atol=1e-6)
-    assert not teacher.running_mean.any(), "buffers are not averaged"  # type: ignore[union-attr]
+    assert not teacher.running_mean.any(), "buffers are not averaged"
     before = teacher.weight.clone()
     update_teacher(teacher, student, 10**6)
     assert torch.allclose(teacher.weight, 0.999 * before + 0.001 * student.weight, atol=1e-6)

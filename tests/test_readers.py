@@ -14,18 +14,31 @@ import pytest
 from ftdpp import data, index, readers
 from ftdpp.data import CLASS_SETS, IGNORE, Augment, class_table, common_class_sets, sample
 from ftdpp.index import original_frame, prepare, require_labels
-from ftdpp.readers import READERS, DataError, Domain, check, list_frames, nuscenes, semantic_kitti
+from ftdpp.readers import (
+    READERS,
+    DataError,
+    Domain,
+    RawFrame,
+    check,
+    list_frames,
+    nuscenes,
+    semantic_kitti,
+)
 from ftdpp.tests import layouts
 from ftdpp.tests.layouts import (
+    A2D2,
     CATEGORIES,
     DAY,
+    KITTI,
     NIGHT,
+    NUSCENES,
     POINTS,
     REALDATA,
     SCENES,
     SINGAPORE,
     SKITTI,
     USA,
+    VKITTI,
     cut,
     picture,
     real,
@@ -61,7 +74,8 @@ def test_official_numbers_of_frames() -> None:
     for pair in ((USA, SINGAPORE), (DAY, NIGHT)):
         parts = [d.frames[s] for d in pair for s in ("train", "val", "test") if s in d.frames]
         assert sum(parts) == 34149
-    for domain in (SINGAPORE, SKITTI):
+    assert sum(NUSCENES.frames.values()) == 34149
+    for domain in (SINGAPORE, NUSCENES, SKITTI, KITTI, VKITTI, A2D2):
         assert set(domain.frames) == set(domain.splits)
     halves = SINGAPORE.frames["train_labelled"] + SINGAPORE.frames["train_unlabelled"]
     assert halves == SINGAPORE.frames["train"]
@@ -69,25 +83,31 @@ def test_official_numbers_of_frames() -> None:
         4541, 1101, 4661, 801, 271, 2761, 1101, 1101, 4071, 1591, 1201,
         921, 1061, 3281, 631, 1901, 1731, 491, 1801, 4981, 831, 2721,
     ]  # fmt: skip
-    for split, sequences in semantic_kitti.SEQUENCES.items():
-        assert sum(lengths[int(s)] for s in sequences) == SKITTI.frames[split], split
+    for domain in (SKITTI, KITTI):
+        for split, sequences in semantic_kitti.SEQUENCES[domain.name].items():
+            assert sum(lengths[int(s)] for s in sequences) == domain.frames[split], split
 
 
 def test_domains_and_readers_name_each_other() -> None:
-    assert list(readers.domains()) == ["usa", "singapore", "day", "night", "skitti"]
+    names = ["usa", "singapore", "day", "night", "nuscenes", "skitti", "kitti", "vkitti", "a2d2"]
+    assert [name for name in readers.domains() if name in names] == names
     for name, reader in READERS.items():
         assert reader.name == name and all(d.reader == name for d in reader.domains)
         for classes, members in reader.classes.items():
             assert len(members) == len(CLASS_SETS[classes])
     assert USA.splits == ("train", "test")
     assert SKITTI.splits[3:] == ("train_labelled", "train_unlabelled")
-    assert SINGAPORE.flip_axis == 0 and SKITTI.flip_axis == 1
+    assert SINGAPORE.flip_axis == NUSCENES.flip_axis == 0
+    assert all(domain.flip_axis == 1 for domain in (SKITTI, KITTI, VKITTI, A2D2))
 
 
 def test_common_class_sets() -> None:
-    assert common_class_sets(USA, SINGAPORE) == ["street6"]
+    assert common_class_sets(USA, SINGAPORE) == ["street6", "nuscenes16"]
     assert common_class_sets(USA, SKITTI) == common_class_sets(SKITTI, USA) == ["street6"]
-    assert common_class_sets(SKITTI, SKITTI) == ["street6", "vkitti6", "a2d2_10"]
+    assert common_class_sets(SKITTI, KITTI) == ["street6", "vkitti6", "a2d2_10", "skitti19"]
+    assert common_class_sets(VKITTI, SKITTI) == ["vkitti6"]
+    assert common_class_sets(A2D2, SKITTI) == ["a2d2_10"]
+    assert common_class_sets(A2D2, VKITTI) == []
 
 
 def test_data_knows_no_data_set_by_name() -> None:
@@ -109,6 +129,8 @@ def test_nuscenes_splits(root: Path) -> None:
     assert scenes_of(root, DAY, "train") == ["0001", "0002", "0004", "0200"]
     both = scenes_of(root, DAY, None) + scenes_of(root, NIGHT, None)
     assert sorted(both) == sorted(scene[0][-4:] for scene in SCENES)
+    assert scenes_of(root, NUSCENES, "train") == ["0001", "0002", "0004", "0200", "1044", "1100"]
+    assert scenes_of(root, NUSCENES, "val") == ["0003", "1060"]
     assert scenes_of(root, USA, None, frames=["frame-0200"]) == ["0200"]
 
 
@@ -117,7 +139,7 @@ def test_nuscenes_splits(root: Path) -> None:
     [
         ("frame-9999", None, r"no frame 'frame-9999' in singapore \(7 frames found\)$"),
         ("frame-0004", "train_labelled", r"in singapore/train_labelled \(1 frame found\); it bel"),
-        ("frame-0200", None, r"in singapore \(7 frames found\); it belongs to usa, day$"),
+        ("frame-0200", None, r"in singapore \(7 frames found\); it belongs to usa, day, nuscenes$"),
     ],
 )
 def test_unknown_frame(root: Path, token: str, split: str | None, message: str) -> None:
@@ -162,6 +184,10 @@ def test_kitti_splits(tmp_path: Path) -> None:
     assert set(scenes_of(tmp_path, SKITTI, "train_unlabelled")) == {"02", "11"}
     assert set(scenes_of(tmp_path, SKITTI, "val")) == {"07"}
     assert set(scenes_of(tmp_path, SKITTI, "test")) == {"08"}
+    assert set(scenes_of(tmp_path, KITTI, "train")) == {"00", "02", "07"}
+    assert set(scenes_of(tmp_path, KITTI, "val")) == {"08"}
+    assert set(scenes_of(tmp_path, KITTI, "hidden")) == {"11"}
+    assert not any(ref.label_path for ref in list_frames(tmp_path, KITTI, "hidden"))
     with pytest.raises(DataError, match="no folder sequences"):
         list_frames(tmp_path / "dataset" / "sequences" / "00", SKITTI, "train")
 
@@ -182,6 +208,11 @@ def test_class_tables() -> None:
     assert of_kitti("street6", (10, 252, 40, 72, 99, 30, 259)) == [0, 0, 1, 3, 4, 255, 0]
     table = class_table(nus, "street6", dict(enumerate(CATEGORIES)))
     assert list(table[:6]) == [255, 0, 1, 2, 255, 255]
+    # bus, on-rails, moving bus; moving person, lane marking, parking; ignored: 0, 1, 52, 99
+    found = of_kitti("skitti19", (13, 16, 257, 254, 60, 44, 81, 0, 1, 52, 99))
+    assert found == [4, 4, 4, 5, 8, 9, 18, 255, 255, 255, 255]
+    table = class_table(nus, "nuscenes16", dict(enumerate([*CATEGORIES, "vehicle.ego"])))
+    assert list(table[:7]) == [255, 3, 10, 12, 6, 255, 255]
     with pytest.raises(DataError, match=r"no class map from nuscenes to vkitti6.*street6"):
         class_table(nus, "vkitti6", {})
 
@@ -192,14 +223,28 @@ def test_class_tables() -> None:
 def test_project_nuscenes_in_words(root: Path) -> None:
     ref = list_frames(root, SINGAPORE, None, frames=["frame-0001"])[0]
     xyz = np.array([[0, 10, 0], [1, 10, 0.5], [0, -10, 0], [7, 10, 0]], np.float32)
-    kept, row_col = READERS["nuscenes"].project(xyz, ref.calib, (225, 400))
+    raw = RawFrame(picture(0, 400, 225), xyz)
+    kept, row_col, depth = READERS["nuscenes"].project(raw, ref)
     assert kept.tolist() == [0, 1]  # behind the camera; outside the image
     np.testing.assert_allclose(row_col, [[112, 200], [112 - 15, 230]], atol=1e-3)
+    np.testing.assert_allclose(depth, [10, 10], atol=1e-5)
+
+
+def test_project_kitti_in_words(tmp_path: Path) -> None:
+    ref = list_frames(layouts.kitti(tmp_path), SKITTI, "test")[0]
+    xyz = np.array([[10, 0, 0], [-10, 0, 0], [10, 5, 1], [10, 20, 0]], np.float32)
+    kept, row_col, depth = READERS["semantic_kitti"].project(
+        RawFrame(picture(0, 320, 120), xyz), ref
+    )
+    assert kept.tolist() == [0, 2]
+    np.testing.assert_allclose(row_col, [[60, 160], [40, 60]], atol=1e-3)
+    assert depth.dtype == np.float32 and depth.tolist() == [10, 10]
 
 
 def test_read(root: Path) -> None:
     raw = READERS["nuscenes"].read(list_frames(root, SINGAPORE, "train")[0])
-    assert raw.points.shape == (POINTS, 4) and raw.image.size == (400, 225)
+    assert raw.points is not None and raw.points.shape == (POINTS, 4)
+    assert raw.image.size == (400, 225)
     assert raw.labels is not None and raw.labels.shape == (POINTS,)
 
 

@@ -78,8 +78,9 @@ def test_every_command_parses(command: str) -> None:
     if name == "train" and options["resume"] is None:
         scenario = f"{options['src']}-{options['tgt']}" + ("-ssda" if options["ssda"] else "")
         preset, stage = options["preset"] or "small", options["pseudo"] is not None
-        r = systems.recipe(scenario, options["method"], preset, stage, options["set_"] or [])
-        assert r.method == options["method"]
+        method = options["method"] or "ftdpp"
+        r = systems.recipe(scenario, method, preset, stage, options["set_"] or [])
+        assert r.method == method
     elif name == "compare":
         scenario = f"{options['src']}-{options['tgt']}" + ("-ssda" if options["ssda"] else "")
         rest = options["seeds"], options["preset"] or "small", options["set_"] or [], options["out"]
@@ -193,6 +194,7 @@ def test_as_a_library(
     reader = readers.reader_of(domain)
     ref = readers.list_frames(world, domain, "test")[0]
     raw = reader.read(ref)
+    assert ref.points_path is not None and ref.calib is not None
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
     Path("runs/usa-singapore-ftdpp-seed0").symlink_to(finished)
@@ -202,7 +204,7 @@ def test_as_a_library(
 
     left: dict[str, Any] = {}
     exec(code, left)
-    wanted, _ = reader.project(raw.points[:, :3], ref.calib, raw.image.size[::-1])
+    wanted, _, _ = reader.project(raw, ref)
     rows = left["rows"]
     assert len(np.setxor1d(rows, wanted)) <= 2, "points on the border may round either way"
     assert len(left["labels"]) == len(rows) > 100

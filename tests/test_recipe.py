@@ -25,10 +25,10 @@ def test_recipes_of_all_rows() -> None:
             for preset in systems.PRESETS:
                 r = systems.recipe(scenario, method, preset)
                 assert (r.scenario, r.method) == (scenario, method)
-                changed = systems.system_of(method).small if preset == "small" else {}
+                changed = systems.system_of(method, scenario).small if preset == "small" else {}
                 for name in row.settings.keys() - changed.keys():
                     assert getattr(r, name) == row.settings[name]
-                streams = systems.system_of(method).streams(r)
+                streams = systems.system_of(method, scenario).streams(r)
                 assert sum(s.labels for s in streams.values()) >= 1
                 assert len({s.number for s in streams.values()}) == len(streams)
 

@@ -15,7 +15,6 @@ from PIL import Image
 
 from ftdpp.readers import (
     Array,
-    Calib,
     Domain,
     FrameRef,
     RawFrame,
@@ -56,7 +55,6 @@ class Toy(Reader):
                     image_path=points.with_suffix(".png"),
                     points_path=points,
                     label_path=label if label.exists() else None,
-                    image_size=None,
                     calib=calib,
                 )
             )
@@ -64,13 +62,17 @@ class Toy(Reader):
 
     def read(self, ref: FrameRef) -> RawFrame:
         labels = read_array(ref.label_path, np.uint8, 1)[:, 0] if ref.label_path else None
+        assert ref.points_path is not None
         points = read_array(ref.points_path, np.float32, 4)
-        return RawFrame(points, read_image(ref.image_path), labels)
+        return RawFrame(read_image(ref.image_path), points, labels)
 
-    def project(self, xyz: Array, calib: Calib, image_size: tuple[int, int]) -> tuple[Array, Array]:
-        uvw = np.array(calib.camera) @ np.concatenate([xyz.T, np.ones((1, len(xyz)))])
+    def project(self, raw: RawFrame, ref: FrameRef) -> tuple[Array, Array, Array]:
+        assert raw.points is not None and ref.calib is not None
+        homogeneous = np.concatenate([raw.points[:, :3].T, np.ones((1, len(raw.points)))])
+        uvw = np.array(ref.calib.camera) @ homogeneous
         front = np.flatnonzero(uvw[2] > 0)
-        return inside_image(uvw[:, front], front, image_size)
+        rows, row_col = inside_image(uvw[:, front], front, (raw.image.height, raw.image.width))
+        return rows, row_col, uvw[2, rows].astype(np.float32)
 
     def categories(self, ref: FrameRef) -> Mapping[int, str]:
         return dict(enumerate(RAW_NAMES))
