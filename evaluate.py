@@ -81,6 +81,7 @@ class Score:
     iou: dict[str, dict[str, float | None]]  # head -> class -> IoU; None where there is none
     outside: int  # points that the voxel grid has no room for: not predicted, not in `points`
     absent: list[str]  # classes without a labelled point: they pull the mean down, as released
+    pixels: tuple[int, int] | None = None  # (H, W) of the images whose pixels are the rows
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -139,6 +140,7 @@ def evaluate(
             progress(done, len(index), "evaluating")
     system.train(was_training)
     result = {head: iou(matrix) for head, matrix in matrices.items()}
+    first = index.frame(0)
     labelled = matrices[heads[-1]].sum(1).tolist()  # points of each class; equal for every head
     return Score(
         domain=index.identity["domain"],
@@ -156,6 +158,7 @@ def evaluate(
         },
         outside=index.fingerprint["points"] - seen,
         absent=[name for name, points in zip(names, labelled, strict=True) if not points],
+        pixels=None if first.xyz is not None else (first.image.shape[0], first.image.shape[1]),
     )
 
 

@@ -260,8 +260,8 @@ def _known_roots(src: str, tgt: str, roots: tuple[Path | None, Path | None]) -> 
     return built_in
 
 
-def _world(src: str, tgt: str, cache: Path, workers: int, console: Console) -> Path:
-    """The root of the built-in street world that has both domains, written on first use."""
+def _world(src: str, tgt: str, cache: Path, workers: int, console: Console) -> tuple[Path, Path]:
+    """The roots of both domains in the built-in street world, written on first use."""
     from ftdpp import screen
     from ftdpp.world import layouts
 
@@ -271,10 +271,9 @@ def _world(src: str, tgt: str, cache: Path, workers: int, console: Console) -> P
         style="bold black on yellow",
         soft_wrap=True,
     )
-    pair = layouts.pair_of(src, tgt)
-    assert pair is not None
     with screen.bar(console) as tell:
-        return layouts.built_in(*pair, cache, workers, tell).resolve()
+        src_root, tgt_root = layouts.built_in(src, tgt, cache, workers, tell)
+    return src_root.resolve(), tgt_root.resolve()
 
 
 def _tokens(frames: str | None, option: str) -> list[str] | None:
@@ -434,8 +433,10 @@ def train(
     ]
     folder, folder_why = _cache(cache)
     thread_choice = _threads(threads)
-    world = _world(src, tgt, folder, int(thread_choice[0]), console) if built_in else None
-    src_root, tgt_root = (world or Path(root or "").resolve() for root in roots)
+    if built_in:
+        src_root, tgt_root = _world(src, tgt, folder, int(thread_choice[0]), console)
+    else:
+        src_root, tgt_root = (Path(root or "").resolve() for root in roots)
     places = runs.Places(
         origins={
             "src": runs.Origin(src, src_root, data_version, chosen[0]),
@@ -518,9 +519,9 @@ def _resume(
         places.built_in = False
     if places.built_in:
         src, tgt = (places.origins[side].domain for side in ("src", "tgt"))
-        root = _world(src, tgt, places.cache, int(thread_choice[0]), console)
-        for place in places.origins.values():
-            place.root = root
+        src_root, tgt_root = _world(src, tgt, places.cache, int(thread_choice[0]), console)
+        for side, place in places.origins.items():
+            place.root = src_root if side == "src" else tgt_root
     given = tuple(meta["given"])
     with screen.bar(console) as tell:
         run, facts = runs.assemble(
@@ -858,11 +859,11 @@ def compare(
     folder, folder_why = _cache(cache)
     thread_choice = _threads(threads)
     if built_in:
-        root = _world(src, tgt, folder, int(thread_choice[0]), console)
+        src_root, tgt_root = _world(src, tgt, folder, int(thread_choice[0]), console)
     else:
-        root = Path(data or "").resolve()
-    sides = {"src": src, "tgt": tgt, "val": tgt}
-    origins = {side: runs.Origin(name, root, data_version) for side, name in sides.items()}
+        src_root = tgt_root = Path(data or "").resolve()
+    sides = {"src": (src, src_root), "tgt": (tgt, tgt_root), "val": (tgt, tgt_root)}
+    origins = {side: runs.Origin(*where, data_version) for side, where in sides.items()}
     places = runs.Places(origins, folder, built_in)
     work = comparison.Comparison(jobs, places, dev, int(thread_choice[0]), weights)
     with screen.bar(console) as tell:
@@ -964,7 +965,9 @@ def data_prepare(
     root: Annotated[Path, typer.Argument(help="Root of the data set.")],
     domain: Domain,
     split: Annotated[str | None, typer.Option(help="Default: every split of the domain.")] = None,
-    classes: Annotated[str, typer.Option(help="Class set.")] = "street6",
+    classes: Annotated[
+        str | None, typer.Option(help="Class set; default: the first that the data set has.")
+    ] = None,
     size: Annotated[
         str | None, typer.Option(help="Image size H,W; default: what the paper preset uses.")
     ] = None,
@@ -979,7 +982,8 @@ def data_prepare(
     from ftdpp.index import prepare
 
     row, folder, console = _known_domain("--domain", domain), _cache(cache)[0], screen.messages()
-    shape = readers.reader_of(row).image
+    reader = readers.reader_of(row)
+    shape, classes = reader.image, classes or next(iter(reader.classes))
     if size:
         try:
             height, width = (int(x) for x in size.split(","))
@@ -1017,10 +1021,13 @@ def data_prepare(
 @data_app.command("synth")
 @guarded
 def data_synth(
-    out: Annotated[Path, typer.Argument(help="Folder to write, in the nuScenes layout.")],
-    src: Annotated[str, typer.Option(help="usa or day.")] = "usa",
-    tgt: Annotated[str, typer.Option(help="singapore or night.")] = "singapore",
-    frames: Annotated[str | None, typer.Option(help="source,target,val,test frame counts.")] = None,
+    out: Annotated[Path, typer.Argument(help="Folder to write, in the layouts of the data sets.")],
+    src: Annotated[str, typer.Option(help="usa, day, vkitti, a2d2, gta5 or synthia.")] = "usa",
+    tgt: Annotated[str, typer.Option(help="singapore, night, skitti or cityscapes.")] = "singapore",
+    frames: Annotated[
+        str | None,
+        typer.Option(help="source,target,val,test frame counts; cityscapes has no test."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     workers: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
@@ -1028,18 +1035,19 @@ def data_synth(
     from ftdpp import screen
     from ftdpp.world import layouts
 
-    counts = None
-    if frames:
-        try:
-            numbers = [int(x) for x in frames.split(",")]
-            counts = dict(zip(layouts.DEFAULT_FRAMES, numbers, strict=True))
-        except ValueError:
-            names = ",".join(layouts.DEFAULT_FRAMES)
-            raise _fail(f"--frames {frames}: expected four numbers, {names}", USAGE) from None
     console = screen.messages()
     if (src, tgt) not in layouts.PAIRS:
         pairs = ", ".join(f"--src {a} --tgt {b}" for a, b in layouts.PAIRS)
-        raise _fail(f"no scenario for {src} -> {tgt}; there is {pairs}", USAGE)
+        raise _fail(f"no built-in world for {src} -> {tgt}; there is {pairs}", USAGE)
+    counts = None
+    if frames:
+        parts = layouts.DEFAULT_FRAMES[src, tgt]
+        try:
+            counts = dict(zip(parts, (int(x) for x in frames.split(",")), strict=True))
+        except ValueError:
+            raise _fail(
+                f"--frames {frames}: expected {len(parts)} numbers, {','.join(parts)}", USAGE
+            ) from None
     if out.exists():
         raise _fail(f"{out} exists; choose a new folder", USAGE)
     _writable(out)
@@ -1048,8 +1056,10 @@ def data_synth(
             layouts.write_world(out, src, tgt, counts, seed, workers, tell)
     except ValueError as error:
         raise _fail(error, USAGE) from None
+    first, second = layouts.roots(out, src, tgt)
+    data = f"--data {out}" if first == second else f"--src-data {first} --tgt-data {second}"
     console.print(
-        f"wrote {out}; use it with: ftd train --src {src} --tgt {tgt} --data {out}", soft_wrap=True
+        f"wrote {out}; use it with: ftd train --src {src} --tgt {tgt} {data}", soft_wrap=True
     )
 
 
@@ -1100,7 +1110,7 @@ def bench(
             FAILED,
         )
     console = screen.messages()
-    root = _world("usa", "singapore", folder, machine.allowed_cores(), console)
+    root, _ = _world("usa", "singapore", folder, machine.allowed_cores(), console)
     with screen.bar(console) as tell:
         rows = speed.run(root, folder, rounds, dev, scans=scan or [], progress=tell)
     screen.show(screen.results(), screen.plain_table(rows, machine.describe(dev)))

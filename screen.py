@@ -295,9 +295,12 @@ def score_table(score: Score, method: str) -> Table:
     outside = (
         f" ({score.outside:,} POINTS OUTSIDE THE VOXEL GRID LEFT OUT)" if score.outside else ""
     )
+    rows = "points"
+    if score.pixels:
+        rows = f"pixels of images of {score.pixels[0]} x {score.pixels[1]} (H x W)"
     title = (
         f"{method}, {score.checkpoint}, on {score.domain} {score.split}: "
-        f"{plural(score.frames, 'frame')}, {score.points:,} labelled points{outside}; "
+        f"{plural(score.frames, 'frame')}, {score.points:,} labelled {rows}{outside}; "
         "IoU in percent"
     )
     heads = list(score.miou)

@@ -1,12 +1,10 @@
 """Makes the README's figure and pictures: python docs/figures.py RUN WORLD
 
-RUN is a run folder of `ftd train`; that of the README was made by
+RUN is a run folder of `ftd train` on day -> night; that of the README was made by
 
-    ftd data synth WORLD/train --frames 160,120,12,24
-    ftd train --src usa --tgt singapore --data WORLD/train --preset small --steps 320 \\
-        --set milestones=240 --set val_every=320 --threads 1 --out RUN
+    ftd train --src day --tgt night --preset small --threads 1 --out RUN
 
-WORLD is a folder in which two small street worlds are kept, written on first use. Without arguments
+WORLD is a folder in which six small street worlds are kept, written on first use. Without arguments
 only the figure is made, which needs neither.
 """
 
@@ -15,7 +13,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import ftdpp
 from ftdpp import evaluate, report, runs
@@ -144,8 +143,21 @@ def figure() -> str:
 
 # ---- the pictures --------------------------------------------------------------------------------
 
-SHOWN = {"usa": 1, "singapore": 4, "day": 1, "night": 4}  # frames of the training splits
-TESTED = (0, 20)  # frames of the target's test split: beside its labels, and with errors
+# Domain -> the frame of its training split that is shown, and the class set of its labels.
+SHOWN = {
+    "usa": (1, "street6"),
+    "singapore": (4, "street6"),
+    "day": (1, "street6"),
+    "night": (4, "street6"),
+    "vkitti": (1, "vkitti6"),
+    "a2d2": (2, "a2d2_10"),
+    "skitti": (4, "skitti19"),
+    "gta5": (1, "cityscapes19"),
+    "synthia": (2, "synthia16"),
+    "cityscapes": (4, "cityscapes19"),
+}
+TILE, COLUMNS = (240, 135), 5  # width, height
+TESTED = (8, 60)  # frames of the target's test split: beside its labels, and with errors
 
 
 def save(picture: Image.Image, name: str) -> None:
@@ -157,44 +169,47 @@ def save(picture: Image.Image, name: str) -> None:
     raise RuntimeError(f"{name} is larger than 200 KB at quality 70; make it smaller")
 
 
-def points_picture(frame: Frame) -> Image.Image:
-    """The LiDAR points where the camera sees them, in the colours of their classes."""
-    colours = [*report.palette(NAMES), report.NONE]
+def labels_picture(frame: Frame, names: tuple[str, ...]) -> Image.Image:
+    """Pixels in the colours of their classes; of a LiDAR, the points where the camera sees them."""
+    table = np.full((256, 3), report.NONE, np.uint8)
+    table[: len(names)] = report.palette(names)
+    if frame.pixel is None:
+        return Image.fromarray(table[frame.label])
     height, width = frame.image.shape[:2]
     out = Image.new("RGB", (width, height), report.FLOOR)
-    draw = ImageDraw.Draw(out)
+    draw, radius = ImageDraw.Draw(out), height / 95
     for (row, col), label in zip(frame.pixel, frame.label, strict=True):
-        box = (col - 1.2, row - 1.2, col + 1.2, row + 1.2)
-        draw.ellipse(box, colours[min(label, len(NAMES))])
+        box = (col - radius, row - radius, col + radius, row + radius)
+        draw.ellipse(box, tuple(table[label].tolist()))
     return out
 
 
 def world(folder: Path) -> Image.Image:
-    """Four domains side by side: the camera image, below it the points, and the classes."""
-    columns = []
+    """Ten domains: the camera image, below it the labels of its points or pixels."""
+    tiles: dict[str, tuple[Image.Image, Image.Image]] = {}
     for pair in layouts.PAIRS:
         root = folder / "-".join(pair)
         if not root.exists():
             frames = {"source": 8, "target": 8, "val": 1, "test": 1}
-            layouts.write_world(root, *pair, frames, workers=1)
-        for name in pair:
-            domain, size = domains()[name], (112, 200)
-            index = prepare(root, domain, "train", "street6", size, folder / "cache")
-            columns.append((name, original_frame(index, SHOWN[name])))
-    height, width = columns[0][1].image.shape[:2]
-    gap, font = 8, ImageFont.load_default(size=20)
-    out = Image.new("RGB", (4 * width + 3 * gap, 2 * height + gap + 40), report.BACKGROUND)
+            counts = {part: frames[part] for part in layouts.DEFAULT_FRAMES[pair]}
+            layouts.write_world(root, *pair, counts, workers=1)
+        for name, home in zip(pair, layouts.roots(root, *pair), strict=True):
+            number, classes = SHOWN[name]
+            index = prepare(home, domains()[name], "train", classes, None, folder / "cache")
+            frame = index.frame(number)
+            pictures = Image.fromarray(frame.image), labels_picture(frame, CLASS_SETS[classes])
+            first, second = (ImageOps.fit(p, TILE, Image.Resampling.LANCZOS) for p in pictures)
+            tiles[name] = first, second
+    (width, height), gap, font = TILE, 6, ImageFont.load_default(size=17)
+    across, down = width + gap, 2 * height + 3 * gap
+    size = (COLUMNS * across - gap, len(tiles) // COLUMNS * down - 2 * gap)
+    out = Image.new("RGB", size, report.BACKGROUND)
     draw = ImageDraw.Draw(out)
-    for i, (name, frame) in enumerate(columns):
-        x = i * (width + gap)
-        out.paste(Image.fromarray(frame.image), (x, 0))
-        out.paste(points_picture(frame), (x, height + gap))
-        draw.text((x + 10, 6), name, report.INK, font, stroke_width=2, stroke_fill=report.DARK)
-    x, y = 12, 2 * height + gap + 20
-    for name, colour in zip(NAMES, report.palette(NAMES), strict=True):
-        draw.ellipse((x, y - 8, x + 16, y + 8), colour)
-        draw.text((x + 26, y), name, report.INK, font, anchor="lm")
-        x += 60 + round(font.getlength(name))
+    for i, name in enumerate(SHOWN):
+        x, y = i % COLUMNS * across, i // COLUMNS * down
+        for k, tile in enumerate(tiles[name]):
+            out.paste(tile, (x, y + k * (height + gap)))
+        draw.text((x + 10, y + 6), name, report.INK, font, stroke_width=2, stroke_fill=report.DARK)
     return out
 
 

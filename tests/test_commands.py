@@ -57,7 +57,7 @@ PAIR = ("train", "--src", "usa", "--tgt", "singapore")
     ((*PAIR, "--pseudo", "NONE/nope"), 2, "nope: no such file"),
     ((*PAIR, "--pseudo", __file__), 1, "not a readable safetensors file"),
     ((*PAIR, "--data", "NONE/nowhere"), 3, "nowhere: there is no such folder"),
-    (("train", "--src", "skitti", "--tgt", "skitti"), 2, "--data"),
+    (("train", "--src", "usa", "--tgt", "skitti"), 2, "--data"),
     (("train", "--src", "usa", "--tgt", "night"), 2, "no built-in world for usa -> night"),
     (("compare", "--seeds", "-1"), 2, "from 0 on"),
     (("compare", "--out", "/proc/x"), 2, "/proc/x: cannot be written"),
@@ -74,8 +74,8 @@ PAIR = ("train", "--src", "usa", "--tgt", "singapore")
     (("pseudo", "NONE/nowhere", "--out", "/proc/x"), 2, "/proc/x: cannot be written"),
     (("pseudo", "NONE/nowhere", "--out", "/"), 2, "is a folder"),
     (("data", "synth", "/proc/x"), 2, "/proc/x: cannot be written"),
-    (("data", "synth", "NONE/x", "--src", "usa", "--tgt", "night"), 2, "no scenario for usa"),
-    (("data", "synth", "NONE/x", "--frames", "1,2"), 2, "expected four numbers"),
+    (("data", "synth", "NONE/x", "--src", "usa", "--tgt", "night"), 2, "no built-in world for usa"),
+    (("data", "synth", "NONE/x", "--frames", "1,2"), 2, "expected 4 numbers"),
     (("data", "check", "NONE/nowhere", "--domain", "usa"), 3, "nowhere: there is no such folder"),
     (("data", "check", "/", "--domain", "moon"), 2, "unknown domain"),
     (("data", "prepare", "/", "--domain", "usa", "--size", "0,3"), 2, "at least 1,1"),
@@ -189,14 +189,15 @@ def test_the_built_in_world_serves_both_directions() -> None:
     assert layouts.pair_of("singapore", "usa") == ("usa", "singapore")
     assert layouts.pair_of("singapore", "singapore") == ("usa", "singapore")
     assert layouts.pair_of("usa", "night") is None
+    assert layouts.pair_of("skitti", "skitti") == ("vkitti", "skitti")
 
 
 def test_a_run_on_the_built_in_world_can_be_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also when the world is gone: it is generated again."""
-    frames = dict.fromkeys(layouts.DEFAULT_FRAMES, 2)
-    monkeypatch.setattr(layouts, "DEFAULT_FRAMES", frames)
+    frames = dict.fromkeys(layouts.DEFAULT_FRAMES["usa", "singapore"], 2)
+    monkeypatch.setitem(layouts.DEFAULT_FRAMES, ("usa", "singapore"), frames)
     cache, out = tmp_path / "cache", tmp_path / "run"
     args = [*PAIR, "--out", out, "--cache", cache, "--threads", 1, "--steps", 1]
     result = ftd(*args, "--set", "image=48,88", "--set", "width_3d=4", "--set", "batch=2")

@@ -198,6 +198,7 @@ def test_dense_pairs_train(
     )
     assert result.exit_code == 0, result.output
     assert "cityscapes val" in words(result) and "3D" not in words(result)
+    assert "pixels of images of" in words(result), "the size at which pixels were compared"
     picture = np.asarray(Image.open(next((tmp_path / "o").glob("*.png"))))
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 100
     assert len(CLASS_SETS[meta["recipe"]["classes"]]) == classes

@@ -3,14 +3,14 @@
 Camera, LiDAR and shadow map are three grids of rays through one caster. Therefore what a LiDAR
 point hits and what its pixel shows agree.
 
-N counts points, P primitives, H and W a grid's rows and columns. Distances are metres along a ray
-of unit length.
+N counts points or rays, P primitives, H and W a grid's rows and columns. Distances are metres along
+a ray of unit length. A sensor is at `position` (3,) of the scene; `rotation` (3, 3) leads from its
+frame to the scene's. Arrays are float32 where nothing else is said.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -19,55 +19,52 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from ftdpp.readers.base import Array
-from ftdpp.world.scene import (
-    BANDS,
-    BUS,
-    CAR,
-    CYLINDER,
-    ELLIPSOID,
-    FACADE,
-    GLASS,
-    LAMP,
-    LEAF,
-    NOISE,
-    ROAD,
-    SIDEWALK,
-    TERRAIN,
-    TRUCK,
-    Scene,
-)
+from ftdpp.world import scene as world
+from ftdpp.world.scene import Scene
 
-WIDTH, HEIGHT = 400, 225  # of the image
-FOCAL, CENTRE_U, CENTRE_V = 316.604300761, 204.066755, 122.876766  # pixels
-INTRINSIC = [[FOCAL, 0.0, CENTRE_U], [0.0, FOCAL, CENTRE_V], [0.0, 0.0, 1.0]]
-OVERSAMPLE = 2  # rays per pixel in each direction
-BEAMS, COLUMNS, MAX_RANGE = 32, 1090, 80.0
-LOWEST, HIGHEST = -30.67, 10.67  # beams, degrees
 NEAREST = 0.05  # distance below which nothing is hit
+CHUNK = 40_000  # pairs of a primitive and a ray that are computed together
+SHADOW_SHAPE, SHADOW_CELL = (200, 280), 0.3
 
-Grid = tuple[Any, Any, Any]  # x, y, z: arrays (H, W), or numbers where all rays share them
+Grid = tuple[Any, Any, Any]  # x, y, z: arrays, or numbers where all rays share them
 
 
 @dataclass(frozen=True)
-class View:
-    """Where a sensor is."""
+class Camera:
+    """A pinhole camera, in pixels; it looks along its own z axis, x to the right, y down."""
 
-    position: Array  # (3,) in the scene
-    rotation: Array  # (3, 3) from the sensor's frame to the scene's
+    height: int
+    width: int
+    focal: float
+    centre_u: float
+    centre_v: float
 
-    def seen(self, points: Array) -> Array:
-        """Points (..., 3) of the scene in the sensor's frame."""
-        local: Array = (points - self.position) @ self.rotation
-        return local
 
-    def rays(self, local: Array) -> tuple[Grid, Grid]:
-        """Origin and directions in the scene, float32; local: directions (3, H, W)."""
-        ox, oy, oz = (np.float32(p) for p in self.position)
-        dx, dy, dz = (
-            sum(self.rotation[k, j] * local[j] for j in range(3)).astype(np.float32)
-            for k in range(3)
-        )
-        return (ox, oy, oz), (dx, dy, dz)
+@dataclass(frozen=True)
+class Lidar:
+    """A spinning LiDAR: beams at `elevations`, radians, from low to high.
+
+    azimuth: the first and last angle, radians, counter-clockwise; None: all around.
+    """
+
+    elevations: tuple[float, ...]
+    columns: int
+    max_range: float
+    azimuth: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What a camera sees: image (H, W, 3) u8; of each pixel's central ray the label (H, W) u8 and
+    the depth (H, W) f32, metres along the optical axis, inf for the sky."""
+
+    image: Array
+    label: Array
+    depth: Array
+
+
+def _f32(*values: Any) -> Array:
+    return np.array(values, np.float32)
 
 
 # ---- noise ---------------------------------------------------------------------------------------
@@ -75,7 +72,7 @@ class View:
 
 @cache
 def _noise_table(dim: int, size: int, power: float) -> Array:
-    """Tileable 1/f noise (size,)*dim float32, spread evenly over 0..1: a threshold is a share."""
+    """Tileable 1/f noise (size,)*dim, flat, spread evenly over 0..1: a threshold is a share."""
     white = np.random.default_rng(7 + dim).standard_normal((size,) * dim)
     axes = np.meshgrid(*[np.fft.fftfreq(size)] * dim, indexing="ij")
     frequency = np.sqrt(sum(axis**2 for axis in axes))
@@ -83,319 +80,296 @@ def _noise_table(dim: int, size: int, power: float) -> Array:
     ranks = np.empty(smooth.size, np.float32)
     order = np.argsort(smooth, axis=None, kind="stable")
     ranks[order] = np.linspace(0, 1, smooth.size, dtype=np.float32)
-    return ranks.reshape(smooth.shape)
+    return ranks
 
 
 def _noise(x: Array, y: Array, texel: float, power: float = 1.1) -> Array:
     """Noise at places in the plane; `texel` is the size of a cell."""
-    column, row = (np.floor(v / texel).astype(np.int64) & 511 for v in (x, y))
-    value: Array = _noise_table(2, 512, power)[column, row]
+    column, row = (np.floor(v * (1 / texel)).astype(np.int32) & 511 for v in (x, y))
+    value: Array = _noise_table(2, 512, power)[column * 512 + row]
     return value
 
 
 def _hash(a: Array, b: Array, seed: Array | float) -> Array:
     """A number in 0..1 that looks random for each pair of integers."""
-    wave: Array = np.sin(a * 12.9898 + b * 78.233 + seed * 37.719) * 43758.5453
+    wave: Array = np.sin(a * 12.9898 + b * 78.233 + seed * 37.719) * 438.5453
     return wave - np.floor(wave)
 
 
 # ---- rays and what they hit ----------------------------------------------------------------------
 
 
-@dataclass
-class Rays:
-    """A grid of rays, float32.
+def _span(kind: int, p: Array, origin: Grid, direction: Grid) -> tuple[Array, Array]:
+    """Entry and exit distance (N,) of rays through the convex primitives p (N,), all of `kind`.
 
-    `window` maps the corners of the primitives' bounding boxes (P, 8, 3) to (P, 4): first and end
-    row, first and end column of the rays that may hit each. With `wrap` the grid closes to a ring
-    and columns may lie beyond either end.
+    A miss has entry >= exit.
     """
-
-    origin: Grid
-    direction: Grid
-    window: Callable[[Array], Array]
-    wrap: bool = False
-
-
-def _corners(primitives: Array) -> Array:
-    """Corners of the bounding boxes, (P, 8, 3)."""
-    signs = [(a, b, c) for a in (-1, 1) for b in (-1, 1) for c in (-1, 1)]
-    x, y, z = np.moveaxis(primitives["half"][:, None] * np.array(signs, np.float32), -1, 0)
-    cos, sin = np.cos(primitives["yaw"])[:, None], np.sin(primitives["yaw"])[:, None]
-    turned = np.stack([cos * x - sin * y, sin * x + cos * y, z], -1)
-    corners: Array = primitives["center"][:, None] + turned
-    return corners
-
-
-def _span(primitive: Any, origin: Grid, direction: Grid) -> tuple[Array, Array]:
-    """Entry and exit distance of rays through a convex primitive; a miss has entry >= exit."""
-    cos, sin = math.cos(primitive["yaw"]), math.sin(primitive["yaw"])
-    x, y, z = (origin[k] - primitive["center"][k] for k in range(3))
-    ox, oy, oz = cos * x + sin * y, cos * y - sin * x, z
-    dx = cos * direction[0] + sin * direction[1]
-    dy = cos * direction[1] - sin * direction[0]
-    dz = direction[2] + 1e-9  # no division by zero, here and below
-    hx, hy, hz = primitive["half"]
-    if primitive["kind"] == ELLIPSOID:
-        return _round_span([(ox, dx, hx), (oy, dy, hy), (oz, dz, hz)])
-    near, far = _slab_span(oz, dz, hz)
-    if primitive["kind"] == CYLINDER:
-        sides = [_round_span([(ox, dx, hx), (oy, dy, hy)])]
-    elif primitive["taper"].any():
-        lean_x, lean_y = primitive["taper"]
-        above = oz + hz
-        sides = [
-            _tapered_span(ox, dx, hx, above, dz, lean_x),
-            _tapered_span(oy, dy, hy, above, dz, lean_y),
-        ]
-    else:
-        sides = [_slab_span(ox, dx + 1e-9, hx), _slab_span(oy, dy + 1e-9, hy)]
-    for entry, leave in sides:
-        near, far = np.maximum(near, entry), np.minimum(far, leave)
+    x, y, z = (origin[k] - p["center"][:, k] for k in range(3))
+    dx, dy, dz = direction
+    cos, sin, half = p["cos"], p["sin"], p["half"].T
+    ox, dx, oy, dy = cos * x + sin * y, cos * dx + sin * dy, cos * y - sin * x, cos * dy - sin * dx
+    dz = dz + 1e-9  # no division by zero, here and below
+    if kind == world.ELLIPSOID:
+        return _round_span((ox / half[0], oy / half[1], z / half[2]), (dx, dy, dz) / half)
+    slowness = 1 / dz
+    middle, reach = -z * slowness, np.abs(half[2] * slowness)
+    near, far = middle - reach, middle + reach
+    if kind == world.CYLINDER:
+        enter, leave = _round_span((ox / half[0], oy / half[1]), (dx, dy) / half[:2])
+        return np.maximum(near, enter), np.minimum(far, leave)
+    for o, d, h, lean in zip((ox, oy), (dx, dy), half, p["taper"].T, strict=False):
+        for sign in (1, -1):  # the two sides, which lean inwards from the base
+            slope = sign * d + lean * dz + 1e-9
+            distance = (h - lean * (z + half[2]) - sign * o) / slope
+            near = np.where(slope < 0, np.maximum(near, distance), near)
+            far = np.where(slope > 0, np.minimum(far, distance), far)
     return near, far
 
 
-def _slab_span(origin: Any, direction: Any, half: Any) -> tuple[Array, Array]:
-    """The span between two parallel planes at -half and half."""
-    a, b = (-half - origin) / direction, (half - origin) / direction
-    return np.minimum(a, b), np.maximum(a, b)
+def _round_span(origin: Any, direction: Any) -> tuple[Array, Array]:
+    """The span inside the unit circle or sphere."""
+    inverse = 1 / sum(d * d for d in direction)
+    middle = -sum(o * d for o, d in zip(origin, direction, strict=True)) * inverse
+    squared = middle * middle - (sum(o * o for o in origin) - 1) * inverse
+    reach = np.sqrt(np.maximum(squared, 0))
+    return np.where(squared > 0, middle - reach, np.float32(1e9)), middle + reach
 
 
-def _tapered_span(
-    origin: Any, direction: Any, half: Any, above: Any, climb: Any, lean: Any
-) -> tuple[Array, Array]:
-    """The span between two sides that lean inwards by `lean` per metre above the base.
-
-    above: height of the origin above the base. climb: the direction's z.
-    """
-    near: Any = np.float32(-1e9)
-    far: Any = np.float32(1e9)
-    for sign in (1, -1):
-        slope = sign * direction + lean * climb + 1e-9
-        distance = (half - lean * above - sign * origin) / slope
-        near = np.maximum(near, np.where(slope < 0, distance, near))
-        far = np.minimum(far, np.where(slope > 0, distance, far))
-    return near, far
-
-
-def _round_span(axes: list[tuple[Any, Any, Any]]) -> tuple[Array, Array]:
-    """The span inside an ellipse or ellipsoid; axes: (origin, direction, half) of each."""
-    a = sum((d / h) ** 2 for _, d, h in axes)
-    b = sum(o * d / h**2 for o, d, h in axes)
-    c = sum((o / h) ** 2 for o, _, h in axes) - 1
-    discriminant = b * b - a * c
-    root = np.sqrt(np.maximum(discriminant, 0))
-    hit = discriminant > 0
-    return np.where(hit, (-b - root) / a, 1e9), np.where(hit, (-b + root) / a, -1e9)
-
-
-def _foliage(
-    primitive: Any, origin: Grid, direction: Grid, near: Array, far: Array, mask: Array
-) -> Array:
-    """Where rays end in porous leaves: front or back surface, roughened; inf in the holes."""
+def _foliage(p: Array, origin: Grid, direction: Grid, near: Array, far: Array) -> Array:
+    """Where rays (N,) end in porous leaves: front or back surface, roughened; inf in the holes."""
+    size = np.clip(p["half"].min(1) * 0.08, 0.04, 0.10)  # of a leaf
+    inverse, start = 1 / size, p["pattern"] / size
+    thick = far - near
+    holes = 0.33 + 0.45 * np.exp(thick * -3)  # the outline is ragged
     end = np.full(near.shape, np.inf, np.float32)
-    spots = np.nonzero(mask)
-    size = np.clip(primitive["half"].min() * 0.09, 0.05, 0.14)  # of a leaf
-    depth = np.minimum(far - near, 0.9)[spots]
-    for surface in (near, far):
-        distance = surface[spots]
-        cell = []
+    for surface in (far, near):
+        cell: Any = 0
         for k in range(3):
-            start = np.broadcast_to(origin[k], near.shape)[spots]
-            point = start + distance * direction[k][spots]
-            texel = (point - primitive["center"][k] + primitive["pattern"]) / size
-            cell.append(np.floor(texel).astype(np.int64) & 63)
-        noise = _noise_table(3, 64, 1.6)[cell[0], cell[1], cell[2]]
-        solid = (noise > 0.36) & (distance > NEAREST)
-        rough = distance + (noise - 0.36) * depth * 0.5
-        end[spots] = np.where(solid & np.isinf(end[spots]), rough, end[spots])
+            point = origin[k] - p["center"][:, k] + surface * direction[k]
+            cell = cell * 64 + (np.floor(point * inverse + start).astype(np.int32) & 63)
+        noise = _noise_table(3, 64, 1.6)[cell]
+        rough = surface + (noise - 0.36) * np.minimum(thick, 0.9) * 0.5
+        end = np.where((noise > holes) & (surface > NEAREST), rough, end)
     return end
 
 
-def _column_pieces(first: int, end: int, columns: int, wrap: bool) -> list[tuple[int, int]]:
-    """A range of columns, cut where the ring of columns closes."""
-    if wrap and end > columns:
-        return [(first, columns), (0, end - columns)]
-    if wrap and first < 0:
-        return [(first + columns, columns), (0, end)]
-    return [(first, end)]
+def _meet(
+    prims: Array, owner: Array, ray: Array, origin: Grid, direction: Array, out: tuple[Array, Array]
+) -> None:
+    """Computes the pairs of primitive `owner` (M,) and `ray` (M,); nearer hits enter `out`.
 
-
-def cast(rays: Rays, scene: Scene, ground: bool = True) -> tuple[Array, Array]:
-    """The nearest hit of each ray, on primitives and, unless that is left out, the ground.
-
-    Returns the distance (H, W) float32, inf for the sky, and the index of the primitive (H, W)
-    int32, -1 for the ground.
+    direction: (3, N) of all rays; out: their distance (N,) and the primitive that is hit (N,).
     """
-    shape = rays.direction[0].shape
-    distance, hit = np.full(shape, np.inf, np.float32), np.full(shape, -1, np.int32)
-    bounds = rays.window(_corners(scene.primitives))
-    visible = (bounds[:, 0] < bounds[:, 1]) & (bounds[:, 2] < bounds[:, 3])
-    for index in np.nonzero(visible)[0]:
-        primitive = scene.primitives[index]
-        first_row, end_row, first, end = bounds[index]
-        for start, stop in _column_pieces(first, end, shape[1], rays.wrap):
-            view = np.s_[first_row:end_row, start:stop]
-            origin = tuple(v[view] if np.ndim(v) else v for v in rays.origin)
-            direction = tuple(v[view] for v in rays.direction)
-            near, far = _span(primitive, origin, direction)
-            mask = (near < far) & (far > NEAREST)
-            if not mask.any():
-                continue
-            if primitive["texture"] == LEAF:
-                near = _foliage(primitive, origin, direction, near, far, mask)
-            mask &= (near > NEAREST) & (near < distance[view])
-            distance[view][mask] = near[mask]
-            hit[view][mask] = index
-    if ground:
-        _cast_ground(rays, scene, distance, hit)
-    return distance, hit
+    distance, hit = out
+    for kind in (world.BOX, world.CYLINDER, world.ELLIPSOID):
+        pick = np.nonzero(prims["kind"][owner] == kind)[0]
+        who, where = owner[pick], ray[pick]
+        p, course = prims.take(who), direction.take(where, 1)
+        start = tuple(v[where] if np.ndim(v) else v for v in origin)
+        near, far = _span(kind, p, start, tuple(course))
+        best = distance[where]
+        near[(near >= far) | (near >= best) | (far < NEAREST)] = np.inf
+        leaf = np.nonzero((p["texture"] == world.LEAF) & (near < np.inf))[0]
+        if len(leaf):
+            start = tuple(v[leaf] if np.ndim(v) else v for v in start)
+            span = near[leaf], far[leaf]
+            near[leaf] = _foliage(p.take(leaf), start, tuple(course[:, leaf]), *span)
+        good = np.nonzero((near > NEAREST) & (near < best))[0]
+        # The last of several values for a ray stays: the nearest.
+        good = good[np.argsort(-near[good], kind="stable")]
+        distance[where[good]], hit[where[good]] = near[good], who[good]
 
 
-def _cast_ground(rays: Rays, scene: Scene, distance: Array, hit: Array) -> None:
-    """Marches between the highest and the lowest level of the ground, then bisects.
+def _meet_ground(scene: Scene, origin: Grid, direction: Array, out: tuple[Array, Array]) -> None:
+    """Lets the ground enter `out`, as `_meet` does, with the index -1.
 
-    Writes into distance and hit where the ground is nearer.
+    Bisects between the highest and the lowest level of the ground.
     """
+    distance, hit = out
     top, bottom = float(scene.profile_height.max()) + 0.01, -0.01
-    dz = rays.direction[2]
-    with np.errstate(divide="ignore"):
-        first = np.where(dz < -1e-4, (top - rays.origin[2]) / dz, np.inf)
-    spots = np.nonzero((first < distance) & (first < 400))
-    ox, oy, oz = rays.origin
-    dx, dy, dz = (v[spots] for v in rays.direction)
+    ox, oy, oz = origin
+    first = np.maximum((top - oz) / np.minimum(direction[2], -1e-6), 0)
+    spots = np.nonzero((direction[2] < -1e-4) & (first < distance) & (first < 400))[0]
+    dx, dy, dz = direction[:, spots]
 
-    def is_under(at: Array) -> Array:
-        below: Array = oz + at * dz < scene.ground(ox + at * dx, oy + at * dy)[0]
-        return below
-
-    start = first[spots]
-    high = (bottom - oz) / dz
-    step = (high - start) / 6
-    low, found = start.copy(), np.zeros(start.shape, bool)
-    for k in range(1, 6):
-        found |= is_under(start + k * step)
-        low = np.where(found, low, start + k * step)
-    high = np.where(found, low + step, high)
-    for _ in range(9):
-        middle = (low + high) / 2
-        below = is_under(middle)
-        low, high = np.where(below, low, middle), np.where(below, middle, high)
+    low, high = first[spots], (bottom - oz) / dz
+    for _ in range(10):
+        at = (low + high) / 2
+        under = oz + at * dz < scene.ground(ox + at * dx, oy + at * dy)[0]
+        low, high = np.where(under, low, at), np.where(under, at, high)
     closer = high < distance[spots]
-    spots = (spots[0][closer], spots[1][closer])
-    distance[spots] = high[closer]
-    hit[spots] = -1
+    distance[spots[closer]], hit[spots[closer]] = high[closer], -1
+
+
+def cast(
+    scene: Scene,
+    prims: Array,
+    origin: Grid,
+    direction: Array,
+    bounds: Callable[[Array], Array],
+    ring: int,
+    ground: bool = True,
+) -> tuple[Array, Array]:
+    """The nearest hit of each ray, on primitives (P,) and, unless that is left out, the ground.
+
+    direction: (3, H, W). bounds: maps the corners of the primitives' bounding boxes (P, 8, 3) to
+    (P, 4): first and end row, first and end column of the rays that may hit each. Columns are taken
+    modulo `ring`.
+
+    Returns the distance (H * W), inf for the sky, and the index of the primitive (H * W) int32, -1
+    for the ground.
+    """
+    _, rows, columns = direction.shape
+    direction = direction.reshape(3, -1)
+    out = np.full(rows * columns, np.inf, np.float32), np.full(rows * columns, -1, np.int32)
+    signs = _f32(*[(a, b, c) for a in (-1, 1) for b in (-1, 1) for c in (-1, 1)])
+    x, y, z = np.moveaxis(prims["half"][:, None] * signs, -1, 0)
+    cos, sin = prims["cos"][:, None], prims["sin"][:, None]
+    corners = np.stack([cos * x - sin * y, sin * x + cos * y, z], -1) + prims["center"][:, None]
+    first_row, end_row, first, end = bounds(corners).T
+
+    # From near to far: what is hidden is left out early.
+    middle = _f32(*[np.mean(v) for v in origin])
+    radius = np.linalg.norm(prims["half"], axis=1)
+    nearest = np.linalg.norm(prims["center"] - middle, axis=1) - radius
+    order = np.argsort(nearest, kind="stable")
+    order = order[(end_row > first_row)[order] & (end > first)[order]]
+    wide = (end - first)[order]
+    area = (end_row - first_row)[order] * wide
+    total = np.cumsum(area)
+    parallel = np.ndim(origin[0]) > 0
+    for group in np.split(np.arange(len(order)), np.nonzero(np.diff(total // CHUNK))[0] + 1):
+        place = np.repeat(group, area[group])
+        k = np.arange(len(place)) - np.repeat(
+            total[group] - area[group] - (total[group[:1]] - area[group[:1]]), area[group]
+        )
+        owner, column = order[place], (first[order[place]] + k % wide[place]) % ring
+        ray = (first_row[owner] + k // wide[place]) * columns + np.minimum(column, columns - 1)
+        use = (column < columns) & (parallel | (out[0][ray] > nearest[owner]))
+        _meet(prims, owner[use], ray[use], origin, direction, out)
+    if ground:
+        _meet_ground(scene, origin, direction, out)
+    return out
 
 
 # ---- grids of rays -------------------------------------------------------------------------------
 
 
-def _box_window(u: Array, v: Array, none: Array, every: Array, shape: tuple[int, int]) -> Array:
-    """Bounds (P, 4) of projected corners u (column) and v (row), both (P, 8).
-
-    none, every: (P,) masks of primitives that get no ray, or every ray.
-    """
-    rows, columns = shape
-    bounds = np.stack(
-        [
-            np.floor(v.min(1)).clip(0, rows),
-            np.ceil(v.max(1) + 1).clip(0, rows),
-            np.floor(u.min(1)).clip(0, columns),
-            np.ceil(u.max(1) + 1).clip(0, columns),
-        ],
-        1,
-    ).astype(np.int64)
-    bounds[every] = (0, rows, 0, columns)
-    bounds[none] = 0
-    return bounds
+def _bounds(places: list[Array], shape: tuple[int, ...]) -> Array:
+    """Bounds (P, 4), see `cast`, from the lowest and highest row and column of the corners."""
+    cells = np.stack(places, 1)
+    cells[:, ::2], cells[:, 1::2] = np.ceil(cells[:, ::2]), np.floor(cells[:, 1::2]) + 1
+    return cells.clip(0, np.repeat(shape, 2)).astype(np.int64)
 
 
-def camera_rays(view: View) -> Rays:
-    """OVERSAMPLE x OVERSAMPLE rays a pixel, for a camera that looks along its own z axis."""
-    shape = HEIGHT * OVERSAMPLE, WIDTH * OVERSAMPLE
-    rows, columns = ((np.arange(n) + 0.5) / OVERSAMPLE for n in shape)
-    v, u = np.meshgrid(rows, columns, indexing="ij")
-    local = np.stack([(u - CENTRE_U) / FOCAL, (v - CENTRE_V) / FOCAL, np.ones_like(u)])
-    local /= np.sqrt((local**2).sum(0))
-
-    def window(corners: Array) -> Array:
-        seen = view.seen(corners)
-        depth = np.maximum(seen[..., 2], 0.05)
-        column = FOCAL * seen[..., 0] / depth + CENTRE_U
-        row = FOCAL * seen[..., 1] / depth + CENTRE_V
-        behind = seen[..., 2].max(1) <= 0.1
-        cut = seen[..., 2].min(1) < 0.1  # by the image plane
-        return _box_window(column * OVERSAMPLE, row * OVERSAMPLE, behind, cut, shape)
-
-    return Rays(*view.rays(local), window)
+def _pixel_rays(camera: Camera, rotation: Array, u: Array, v: Array) -> tuple[Array, Array]:
+    """Directions (3, ...) through places u, v (...) of the image; their cosine to the axis."""
+    x, y = (u - camera.centre_u) / camera.focal, (v - camera.centre_v) / camera.focal
+    cosine = 1 / np.sqrt(x * x + y * y + 1)
+    local = (np.stack([x, y, np.ones_like(x)]) * cosine).astype(np.float32)
+    return np.tensordot(_f32(*rotation), local, 1), cosine.astype(np.float32)
 
 
-def lidar_rays(view: View) -> tuple[Rays, Array]:
-    """The rays of a sweep, and their directions in the LiDAR's own frame (3, BEAMS, COLUMNS)."""
-    elevation = np.radians(np.linspace(LOWEST, HIGHEST, BEAMS))
-    azimuth = np.arange(COLUMNS) / COLUMNS * 2 * np.pi
-    flat = np.cos(elevation)[:, None]
-    climb = np.broadcast_to(np.sin(elevation)[:, None], (BEAMS, COLUMNS))
-    local = np.stack([flat * np.cos(azimuth), flat * np.sin(azimuth), climb])
+def _cast_camera(
+    scene: Scene, prims: Array, camera: Camera, position: Array, rotation: Array
+) -> tuple[Array, Array, Array, Array]:
+    """A ray through each pixel's centre: direction (3, H * W), cosine, distance, hit (H * W)."""
+    shape = camera.height, camera.width
+    v, u = np.meshgrid(*[np.arange(n) + 0.5 for n in shape], indexing="ij")
+    direction, cosine = _pixel_rays(camera, rotation, u, v)
 
-    def window(corners: Array) -> Array:
-        seen = view.seen(corners)
-        middle = (seen.min(1) + seen.max(1)) / 2
-        radius = np.hypot(*(seen[..., :2] - middle[:, None, :2]).transpose(2, 0, 1)).max(1)
-        distance = np.hypot(middle[:, 0], middle[:, 1])
-        inner, outer = np.maximum(distance - radius, 0.3), distance + radius
-        low, high = seen[..., 2].min(1), seen[..., 2].max(1)
-        # The lowest beam is the steepest one: the near end where z is below the sensor.
-        lowest = np.arctan2(low, np.where(low < 0, inner, outer))
-        highest = np.arctan2(high, np.where(high > 0, inner, outer))
-        spacing = elevation[1] - elevation[0]
-        first_row = np.floor((lowest - elevation[0]) / spacing)
-        end_row = np.ceil((highest - elevation[0]) / spacing + 1)
-        centre = np.arctan2(middle[:, 1], middle[:, 0]) % (2 * np.pi)
-        wide = np.arcsin(np.minimum(radius / np.maximum(distance, 1e-3), 1.0))
-        first_column = np.floor((centre - wide) / (2 * np.pi) * COLUMNS)
-        end_column = np.ceil((centre + wide) / (2 * np.pi) * COLUMNS + 1)
-        rows = first_row.clip(0, BEAMS), end_row.clip(0, BEAMS)
-        bounds = np.stack([*rows, first_column, end_column], 1)
-        bounds[distance <= radius * 1.02] = (0, BEAMS, 0, COLUMNS)
-        bounds[inner > MAX_RANGE] = 0
-        return bounds.astype(np.int64)
+    def bounds(corners: Array) -> Array:
+        x, y, z = np.moveaxis((corners - position) @ rotation, -1, 0)
+        # Of a primitive that the image plane cuts, all corners count as if on a plane close by:
+        # that bounds what is cut off.
+        ahead, cut = z.max(1) > 0.1, (z.min(1) < 0.1)[:, None]
+        ends: list[Array] = []
+        for value, centre in ((y, camera.centre_v), (x, camera.centre_u)):
+            seen = camera.focal * value / np.maximum(z, 0.1) + centre - 0.5
+            close = np.where(cut, camera.focal * value / 0.1 + centre, seen)
+            high = np.where(ahead, np.maximum(seen, close).max(1) + 0.01, -9)
+            ends += [np.minimum(seen, close).min(1) - 0.01, high]
+        return _bounds(ends, shape)
 
-    return Rays(*view.rays(local), window, wrap=True), local
+    found = cast(scene, prims, tuple(_f32(*position)), direction, bounds, camera.width)
+    return direction.reshape(3, -1), cosine.ravel(), *found
 
 
-def _shadow(scene: Scene, centre: Array, points: Array) -> Array:
-    """1 where points (N, 3) see the sun, 0 in shadow.
+def _cast_lidar(
+    scene: Scene, prims: Array, lidar: Lidar, position: Array, rotation: Array
+) -> tuple[Array, Array, Array]:
+    """Directions (3, BEAMS * COLUMNS) in the LiDAR's own frame, distance, hit."""
+    elevation, beams = np.asarray(lidar.elevations), len(lidar.elevations)
+    begin, end = lidar.azimuth or (0.0, 2 * np.pi)
+    per_column = (end - begin) / lidar.columns
+    azimuth = begin + np.arange(lidar.columns) * per_column
+    flat, climb = np.cos(elevation)[:, None], np.sin(elevation)[:, None]
+    local = _f32(flat * np.cos(azimuth), flat * np.sin(azimuth), climb + 0 * azimuth)
 
-    By a depth map of parallel rays: 110 m wide, around `centre`.
-    """
-    extent, cells = 55.0, 440
-    step = 2 * extent / cells
-    sun = scene.sun
-    right = np.cross(sun, (0, 0, 1.0))
-    right /= np.linalg.norm(right)
-    up = np.cross(sun, right)
-    axes = np.stack([right, up, sun], 1)
-    v, u = np.meshgrid(*[(np.arange(cells) + 0.5) * step - extent] * 2, indexing="ij")
-    start = centre + sun * 90
-    ox, oy, oz = ((start[k] + u * right[k] + v * up[k]).astype(np.float32) for k in range(3))
-    dx, dy, dz = (np.full((cells, cells), -sun[k], np.float32) for k in range(3))
+    def bounds(corners: Array) -> Array:
+        # Those of the sphere around the box.
+        seen = (corners - position) @ rotation
+        x, y, z = seen.mean(1).T
+        radius = np.linalg.norm(seen[:, 0] - seen.mean(1), axis=1) + 1e-3
+        flat, far = np.hypot(x, y), np.sqrt(x * x + y * y + z * z)
+        high, wide = (np.arcsin(np.minimum(radius / v, 1)) for v in (far, flat))
+        level, centre = np.arctan2(z, flat), (np.arctan2(y, x) - begin) % (2 * np.pi)
+        rows = np.searchsorted(elevation, level - high), np.searchsorted(elevation, level + high)
+        columns = (centre - wide) // per_column, (centre + wide) // per_column + 2
+        out = np.stack([*rows, *columns], 1)
+        out[flat <= radius] = (0, beams, 0, lidar.columns)
+        out[far - radius > lidar.max_range] = 0
+        return out.astype(np.int64)
 
-    def window(corners: Array) -> Array:
-        seen = ((corners - start) @ axes + extent) / step
-        nobody = np.zeros(len(corners), bool)
-        return _box_window(seen[..., 0], seen[..., 1], nobody, nobody, (cells, cells))
+    direction = np.tensordot(_f32(*rotation), local, 1)
+    ring = round(2 * np.pi / per_column)
+    found = cast(scene, prims, tuple(_f32(*position)), direction, bounds, ring)
+    return local.reshape(3, -1), *found
 
-    depth, _ = cast(Rays((ox, oy, oz), (dx, dy, dz), window), scene, ground=False)
-    seen = (points - start) @ axes
-    lit = np.zeros(len(points))
-    for shift in (-0.35, 0.35):  # two samples soften the edge
-        column, row = ((seen[:, k] + extent) / step + shift for k in range(2))
-        inside = (column >= 0) & (row >= 0) & (column < cells) & (row < cells)
-        column, row = (v.clip(0, cells - 1).astype(int) for v in (column, row))
-        covered = inside & (depth[row, column] < -seen[:, 2] - 0.3)
-        lit += np.where(covered, 0.0, 0.5)
-    return lit
+
+class Shadow:
+    """The sun's shadow before a camera: a depth map of parallel rays, turned with the view."""
+
+    def __init__(self, scene: Scene, prims: Array, position: Array, forward: Array):
+        sun, shape = scene.sun, SHADOW_SHAPE
+        ahead = forward * (1, 1, 0) / np.hypot(forward[0], forward[1])
+        side = np.cross(sun, ahead)
+        side /= np.linalg.norm(side)
+        axes = np.stack([side, np.cross(side, sun), sun])  # of rows, of columns, to the sun
+        centre = position + ahead * (shape[1] * SHADOW_CELL / 2 - 8) + sun * 90
+        self.axes, self.centre = _f32(*axes), _f32(*centre)
+        cells = [(np.arange(n) + 0.5 - n / 2) * SHADOW_CELL for n in shape]
+        grid = np.meshgrid(*cells, indexing="ij")
+        origin = self.centre[:, None, None] + np.tensordot(self.axes[:2].T, _f32(*grid), 1)
+        direction = np.broadcast_to(-self.axes[2][:, None, None], (3, *shape))
+
+        def bounds(corners: Array) -> Array:
+            row, column = self._cells(corners - self.centre)
+            return _bounds([row.min(1), row.max(1), column.min(1), column.max(1)], shape)
+
+        start = tuple(origin.reshape(3, -1))
+        self.depth, _ = cast(scene, prims, start, direction, bounds, shape[1], ground=False)
+
+    def _cells(self, offset: Array) -> tuple[Array, Array]:
+        """Row and column, as real numbers, of points (..., 3) relative to the map's centre."""
+        place = offset @ self.axes[:2].T / SHADOW_CELL + (_f32(*SHADOW_SHAPE) - 1) / 2
+        return place[..., 0], place[..., 1]
+
+    def lit(self, points: Array, lift: Array) -> Array:
+        """The share (N,) of the sun that points (N, 3) see, lifted off their surface by `lift`."""
+        offset = points + lift - self.centre
+        rows, columns = SHADOW_SHAPE
+        row, column = self._cells(offset)
+        row, column = row.clip(0, rows - 1.01), column.clip(0, columns - 1.01)
+        below = -(offset @ self.axes[2]) - 0.12
+        first = row.astype(np.int32) * columns + column.astype(np.int32)
+        down, right = row % 1, column % 1
+        above, under = (
+            (self.depth[cell] > below) * (1 - right) + (self.depth[cell + 1] > below) * right
+            for cell in (first, first + columns)
+        )
+        lit: Array = above * (1 - down) + under * down
+        return lit
 
 
 # ---- surfaces ------------------------------------------------------------------------------------
@@ -405,110 +379,97 @@ def _shadow(scene: Scene, centre: Array, points: Array) -> Array:
 class Surface:
     """What points (N) look like, to the camera and to the LiDAR."""
 
-    normal: Array  # (N, 3) float32
+    normal: Array  # (N, 3)
     albedo: Array  # (N, 3)
     emission: Array  # (N, 3), radiance of its own
     gloss: Array  # (N,) share of mirrored light
     reflect: Array  # (N,) LiDAR reflectance
     label: Array  # (N,) uint8
+    leafy: Array  # (N,) bool
 
 
-def surface_at(scene: Scene, hit: Array, points: Array) -> Surface:
+def surface_at(scene: Scene, prims: Array, hit: Array, points: Array) -> Surface:
     """The surface at points (N, 3) that `cast` found: hit (N,) as it returns."""
-    count = len(points)
-    surface = Surface(
-        normal=np.zeros((count, 3), np.float32),
-        albedo=np.empty((count, 3)),
-        emission=np.zeros((count, 3)),
-        gloss=np.zeros(count),
-        reflect=np.empty(count),
-        label=np.empty(count, np.uint8),
+    ground, thing = np.nonzero(hit < 0)[0], np.nonzero(hit >= 0)[0]
+    struck = prims.take(hit[thing])  # far faster than an index
+    normal, local = _normals(struck, points[thing])
+    albedo, emission, gloss = _object_albedo(scene, struck, normal, local)
+    reflect = struck["reflect"] * np.where(gloss > 0.3, np.float32(0.12), 1)
+    floor, floor_reflect, floor_label = _ground_albedo(scene, points[ground])
+    zero = np.zeros(len(ground), np.float32)
+    order = np.empty(len(hit), np.int64)
+    order[np.concatenate([ground, thing])] = np.arange(len(hit))
+    pairs = (
+        (np.broadcast_to(_f32(0, 0, 1), (len(ground), 3)), normal),
+        (floor, albedo),
+        (np.zeros_like(floor), emission),
+        (zero, gloss),
+        (floor_reflect, reflect),
+        (floor_label, struck["label"]),
+        (zero > 0, struck["texture"] == world.LEAF),
     )
-    ground, thing = hit < 0, hit >= 0
-    surface.normal[ground] = (0, 0, 1)
-    albedo, reflect, label = _ground_albedo(scene, points[ground])
-    surface.albedo[ground], surface.reflect[ground], surface.label[ground] = albedo, reflect, label
-
-    struck = scene.primitives[hit[thing]]
-    surface.normal[thing], local = _normals(struck, points[thing])
-    # Colours follow the normal as it is stored, in single precision.
-    albedo, emission, gloss = _object_albedo(scene, struck, surface.normal[thing], local)
-    surface.albedo[thing], surface.emission[thing], surface.gloss[thing] = albedo, emission, gloss
-    surface.reflect[thing] = struck["reflect"] * np.where(gloss > 0.3, 0.12, 1.0)
-    surface.label[thing] = struck["label"]
-    return surface
+    return Surface(*[np.concatenate(pair)[order] for pair in pairs])
 
 
 def _normals(struck: Array, points: Array) -> tuple[Array, Array]:
     """Normals and local coordinates, both (N, 3), of points on the primitives `struck` (N,)."""
-    cos, sin = np.cos(struck["yaw"]), np.sin(struck["yaw"])
+    cos, sin, half, lean = (struck[name] for name in ("cos", "sin", "half", "taper"))
     x, y, z = (points - struck["center"]).T
     local = np.stack([cos * x + sin * y, cos * y - sin * x, z], 1)
-    half = struck["half"].copy()
-    half[:, :2] -= struck["taper"] * (local[:, 2:] + struck["half"][:, 2:])
-    axis = np.argmin(half - np.abs(local), 1)  # of the nearest face
-    rows = np.arange(len(struck))
+    gap = half - np.abs(local)
+    gap[:, :2] -= lean * (local[:, 2:] + half[:, 2:])
+    tube = struck["kind"] == world.CYLINDER
+    gap[tube, 0] = half[tube, 0] - np.hypot(local[tube, 0], local[tube, 1])
+    gap[tube, 1] = np.inf
+    axis, rows = np.argmin(gap, 1), np.arange(len(struck))  # of the nearest face
     normal = np.zeros_like(local)
     normal[rows, axis] = np.sign(local[rows, axis])
-    normal[:, 2] += np.where(axis < 2, struck["taper"][rows, np.minimum(axis, 1)], 0)
-    ball = struck["kind"] == ELLIPSOID
-    normal[ball] = (local / struck["half"] ** 2)[ball]
-    tube = (struck["kind"] == CYLINDER) & (axis < 2)
-    normal[tube] = local[tube] * (1, 1, 0)
-    normal /= np.linalg.norm(normal, axis=1, keepdims=True) + 1e-9
-    x, y, z = normal.T
+    normal[:, 2] += np.where(axis < 2, lean[rows, np.minimum(axis, 1)], 0)
+    normal[tube & (axis == 0)] = local[tube & (axis == 0)] * _f32(1, 1, 0)
+    ball = struck["kind"] == world.ELLIPSOID
+    normal[ball] = local[ball] / half[ball] ** 2
+    x, y, z = normal.T / (np.sqrt((normal * normal).sum(1)) + 1e-9)
     return np.stack([cos * x - sin * y, sin * x + cos * y, z], 1), local
 
 
 def _ground_albedo(scene: Scene, points: Array) -> tuple[Array, Array, Array]:
     """Albedo (N, 3), LiDAR reflectance (N,) and label (N,) of points (N, 3) on the ground."""
-    x, y = points[:, 0].astype(np.float64), points[:, 1]
+    detail = scene.city.detail
+    x, y = points[:, 0], points[:, 1]
     _, label, across, beyond = scene.ground(x, y)
-    road, sidewalk = label == ROAD, label == SIDEWALK
+    road, sidewalk = label == world.ROAD, label == world.SIDEWALK
     fine, coarse = _noise(x, y, 0.03), _noise(x + 9, y, 0.12)
-    palette = [np.array(scene.colors.get(k, (0.3, 0.3, 0.3))) for k in range(32)]
-    albedo = np.stack(palette)[label]
-    contrast = np.select([road, sidewalk], [0.30, 0.22], 0.9)
-    albedo = albedo * (1 + contrast * (0.5 * fine + 0.5 * coarse - 0.5))[:, None]
-
-    bare = (label == TERRAIN) & (coarse > 0.86)
-    albedo[bare] = albedo[bare] * 0.5 + np.array((0.20, 0.14, 0.09))
-    joint = sidewalk & ((x % 1.5 < 0.05) | ((across % 1.5) < 0.05))
-    albedo[joint] *= 0.7
-    kerb = (beyond > 0) & (beyond < 0.18)
-    even = (np.floor(x / 2) % 2 == 0)[:, None]
-    albedo[kerb] = np.where(even, scene.city.kerb[0], scene.city.kerb[1])[kerb]
+    contrast = _f32(0, 0.30, 0, 0, 0.22, 0.9)[label] * detail
+    albedo = scene.colors[label] * (1 + contrast * (0.5 * fine + 0.5 * coarse - 0.5))[:, None]
+    bare = (label == world.TERRAIN) & (coarse > 1 - 0.14 * detail)
+    albedo[bare] = albedo[bare] * 0.5 + _f32(0.20, 0.14, 0.09)
+    albedo[sidewalk & ((x % 1.5 < 0.05) | ((across % 1.5) < 0.05))] *= 0.7  # joints
+    kerb = np.nonzero((beyond > 0) & (beyond < 0.18))[0]
+    albedo[kerb] = _f32(*scene.city.kerb)[np.floor(x[kerb] / 2).astype(int) % 2]
     # Tyres darken the tracks; patches of newer asphalt break the evenness of the road.
-    street = road & (np.abs(x - scene.cross) > scene.cross_half + 1)
-    from_middle = np.abs((np.abs(across) % scene.lane) - scene.lane / 2)
-    track = np.exp(-((from_middle - 0.8) ** 2) / 0.1)
-    albedo[street] *= (1 - 0.10 * track)[street, None]
-    patch = road & (_hash(np.floor(x / 7.3), np.floor(across / scene.lane), 3.0) > 0.9)
-    albedo[patch] *= 0.72
-
-    painted = (fine * 0.6 + coarse * 0.4 > 0.22) & street  # what is not worn off
-    white, centre = (mark & painted for mark in _road_marks(scene, x, across, road))
-    albedo[white] = np.array((0.66, 0.66, 0.64)) * (0.8 + 0.3 * fine[white, None])
-    albedo[centre] = scene.city.centre_line
-
-    reflect = np.select([road, sidewalk], [0.10, 0.20], 0.34)
-    reflect = np.where(white | centre, 0.6, reflect)
-    reflect[bare] = 0.25
-    return albedo, reflect * (0.85 + 0.3 * coarse), label
-
-
-def _road_marks(scene: Scene, x: Array, across: Array, road: Array) -> tuple[Array, Array]:
-    """Masks (N,) of white paint and of the centre line."""
-    aside = np.abs(across)
-    between_lanes = np.abs(aside - scene.lane) < 0.07
-    dashes = between_lanes & (x % 9 < 3.5) & (scene.lanes == 2)
-    edge = np.abs(aside - scene.lanes * scene.lane - 0.05) < 0.06
     approach = np.abs(x - scene.cross) - scene.cross_half
-    zebra = (approach > 1.2) & (approach < 3.6) & (across % 1.1 < 0.5) & road
+    street, aside = road & (approach > 1), np.abs(across)
+    track = np.exp(-10 * (np.abs(aside % scene.lane - scene.lane / 2) - 0.8) ** 2)
+    albedo *= np.where(street, 1 - track * 0.1 * detail, 1)[:, None]
+    patch = road & (_hash(np.floor(x / 7.3), np.floor(across / scene.lane), 3.0) > 0.9)
+    albedo[patch] *= 1 - 0.28 * detail
+
+    dashes = (np.abs(aside - scene.lane) < 0.07) & (x % 9 < 3.5) & (scene.lanes == 2)
+    edge = np.abs(aside - scene.lanes * scene.lane + 0.15) < 0.06
+    zebra = (approach > 1.2) & (approach < 3.6) & (across % 1.1 < 0.5)
     arriving = across * (x - scene.cross) * scene.city.side < 0
     stop = (approach > 4.4) & (approach < 4.8) & arriving
     double, broken = np.abs(aside - 0.13) < 0.055, (aside < 0.07) & (x % 6 < 3)
-    return dashes | edge | zebra | stop, double if scene.city.side < 0 else broken
+    middle = street & (double if scene.city.double_line else broken)
+    paint = street & (dashes | edge | zebra | stop) | middle
+    fresh = paint & (fine * 0.6 + coarse * 0.4 > 0.22 * detail)  # what is not worn off
+    color = np.where(middle[:, None], _f32(*scene.city.centre_line), np.float32(0.65))
+    albedo[fresh] = color[fresh] * (0.8 + 0.3 * fine[fresh, None])
+    label = np.where(street & (aside > scene.lanes * scene.lane), world.PARKING, label)
+    label = np.where(paint, world.LANE_MARKING, label).astype(np.uint8)
+    reflect = np.where(road, np.float32(0.1), np.where(sidewalk, np.float32(0.2), 0.34))
+    reflect = np.where(fresh, np.float32(0.6), np.where(bare, np.float32(0.25), reflect))
+    return albedo, reflect * (0.85 + 0.3 * coarse), label
 
 
 def _object_albedo(
@@ -517,80 +478,81 @@ def _object_albedo(
     """Albedo (N, 3), emission (N, 3) and gloss (N,) of points on the primitives `struck` (N,).
 
     `pattern` of a primitive says: for FACADE the style, plus the share of glass as its fraction;
-    for BANDS, in metres, half the height of a bus, which tells one deck from two; for LEAF the
-    offset into the noise.
+    for LEAF the offset into the noise.
     """
     night, texture, half = scene.light.lamps, struck["texture"], struck["half"]
-    albedo = struck["color"].astype(np.float64)
-    emission, gloss = np.zeros((len(struck), 3)), np.zeros(len(struck))
-    along_grain = local[:, 0] + local[:, 1] * 1.3
-    fine = _noise(along_grain, local[:, 2] + local[:, 0] * 0.3, 0.05)
-    albedo *= np.where(texture == LEAF, 0.35 + 1.3 * fine, 0.9 + 0.2 * fine)[:, None]
+    detail = scene.city.detail
+    emission = np.zeros((len(struck), 3), np.float32)
+    leaf = texture == world.LEAF
+    fine = _noise(local[:, 0] + local[:, 1] * 1.3, local[:, 2] + local[:, 0] * 0.3, 0.05)
+    lacquer = np.isin(struck["label"], world.VEHICLE_LABELS) & (struck["reflect"] > 0.2)
+    contrast = np.where(leaf, np.float32(0.5 + 0.7 * detail), np.float32(0.2 * detail))
+    contrast[lacquer] *= 0.2
+    tone = 1 + contrast * (fine - 0.5)
+    level = 0.5 + local[:, 2] / (2 * half[:, 2])
+    tone = np.where(leaf, tone * (0.55 + 0.65 * level), tone)  # a crown is dark below
+    albedo = struck["color"] * tone[:, None]
+    gloss = np.where(lacquer, np.float32(0.08), 0)
 
-    # Coordinates on an upright face: u along it, height above the ground.
-    upright = np.abs(normal[:, 2]) < 0.75
+    # Coordinates on an upright face: u along it, height above its base.
     height = local[:, 2] + half[:, 2]
-    ahead = normal[:, 0] * np.cos(struck["yaw"]) + normal[:, 1] * np.sin(struck["yaw"])
-    faces_x = np.abs(ahead) > 0.5
+    faces_x = np.abs(normal[:, 0] * struck["cos"] + normal[:, 1] * struck["sin"]) > 0.5
     u = np.where(faces_x, local[:, 1], local[:, 0])
-    edge = np.where(faces_x, half[:, 1], half[:, 0])
+    lean = np.where(faces_x, struck["taper"][:, 1], struck["taper"][:, 0])
+    edge = np.where(faces_x, half[:, 1], half[:, 0]) - lean * height
+    upright = np.abs(normal[:, 2]) < 0.75
 
-    facade = (texture == FACADE) & upright
-    window, shop, chance = _facade(struck, facade, u, edge, height, albedo)
-    if scene.city.side < 0:
-        course = height / 0.2  # of bricks
-        mortar = (course % 1 < 0.16) | ((u / 0.5 + 0.5 * np.floor(course)) % 1 < 0.08)
-        albedo[facade & mortar] *= 1.18
-    curtain, dark = (0.16, 0.15, 0.13), (0.035, 0.05, 0.065)
-    albedo[window] = np.where(chance[window, None] > 0.75, curtain, dark)
-    gloss[window] = 0.35 + 0.4 * chance[window]
-    if night:
-        lit = window & (chance > np.where(shop, 0.4, 0.72))
-        bulb, tube = (0.75, 0.45, 0.16), (0.45, 0.52, 0.55)
-        tint = np.where((chance * 57 % 1 > 0.3)[:, None], bulb, tube)
-        emission[lit] = (tint * (0.15 + 0.55 * (chance * 91 % 1))[:, None])[lit]
-
-    cabin_edge = 0.86 * (edge - 0.3 * height)
-    cabin = (texture == GLASS) & upright & (np.abs(u) < cabin_edge) & (np.abs(u) > 0.03)
-    level = height / (2 * half[:, 2])
-    decks = ((level > 0.2) & (level < 0.4)) | ((level > 0.62) & (level < 0.84))
+    facade = np.nonzero((texture == world.FACADE) & upright)[0]
+    parts = struck.take(facade), u[facade], edge[facade], height[facade]
+    albedo[facade], gloss[facade], emission[facade] = _facade(scene, *parts, albedo[facade])
+    albedo[(texture == world.SLATS) & upright & (u % 0.24 < 0.05)] *= 0.35
+    joint = (height % 0.3 < 0.04) | ((u / 0.6 + 0.5 * np.floor(height / 0.3)) % 1 < 0.07)
+    albedo[(texture == world.BRICK) & upright & joint] *= 1 - 0.25 * detail
+    pane = (texture == world.GLASS) & (level > 0.08) & (level < 0.88) & (np.abs(u) < edge - 0.09)
+    pane &= faces_x | (np.abs(u + 0.1) > 0.05)
     deck = (level > 0.42) & (level < 0.78)
-    pane = (texture == BANDS) & upright & (np.abs(u) < edge - 0.15)
-    pane &= np.where(struck["pattern"] > 1.8, decks, deck)
-    pane &= (u % 1.4) > 0.1
-    albedo[cabin | pane] = (0.02, 0.024, 0.03)
-    gloss[cabin | pane] = 0.45
+    bus = (texture == world.BANDS) & upright & deck & (np.abs(u) < edge - 0.15) & (u % 1.4 > 0.1)
+    pane = (pane & upright) | bus
+    albedo[pane] = (0.02, 0.024, 0.03)
+    gloss[pane] = 0.45
     if night:
-        emission[pane] = (0.22, 0.22, 0.17)
-    lamp = texture == LAMP
-    emission[lamp] = struck["color"][lamp] * (6.0 if night else 0.25)
-    lacquer = np.isin(struck["label"], (CAR, TRUCK, BUS)) & ~lamp
-    gloss[lacquer & (gloss == 0) & (struck["reflect"] > 0.2)] = 0.08
+        emission[bus] = (0.22, 0.22, 0.17)
+    lamp = texture == world.LAMP
+    emission[lamp] = struck["color"][lamp] * np.float32(6.0 if night else 0.25)
     return albedo, emission, gloss
 
 
 def _facade(
-    struck: Array, facade: Array, u: Array, edge: Array, height: Array, albedo: Array
+    scene: Scene, struck: Array, u: Array, edge: Array, height: Array, albedo: Array
 ) -> tuple[Array, Array, Array]:
-    """Darkens walls between floors, in place, and lays out the windows; all (N,).
-
-    Returns masks of windows and of the ground floor, and a number in 0..1 for each window.
-    """
+    """Albedo (N, 3), gloss (N,) and emission (N, 3) of facades whose walls have `albedo`."""
     style, glass = np.floor(struck["pattern"]), struck["pattern"] % 1
     bay = u / (2.2 + (style % 5) * 0.35)
     above = height - 1.0
     storey = above / (3.0 + (style % 3) * 0.25)
     column, floor = np.floor(bay), np.floor(storey)
     from_middle, level = np.abs(bay - column - 0.5), storey - floor
-    shop = floor == 0
-    window = from_middle < np.where(shop, 0.44, glass / 2)
-    window &= (level > np.where(shop, 0.12, 0.26)) & (level < np.where(shop, 0.72, 0.82))
-    window &= facade & (height < 2 * struck["half"][:, 2] - 0.5)
-    window &= (above > 0) & (np.abs(u) < edge - 0.4)
+    shop = (floor == 0) & (style % 2 == 0)
+    wide = np.where(shop, np.float32(0.44), glass / 2)
+    low, high = np.where(shop, 0.12, 0.26), np.where(shop, 0.72, 0.82)
+    inside = (height < 2 * struck["half"][:, 2] - 0.5) & (above > 0) & (np.abs(u) < edge - 0.4)
+    framed = inside & (from_middle < wide + 0.03) & (level > low - 0.04) & (level < high + 0.03)
+    window = inside & (from_middle < wide) & (level > low) & (level < high)
+    window &= (from_middle > 0.012) | (glass > 0.6) | shop  # the sash
     chance = _hash(column, floor, style)
-    shade = 1 - 0.25 * (level[facade] > 0.93) - 0.12 * (chance[facade] > 0.8)
-    albedo[facade] *= shade[:, None]
-    return window, shop, chance
+    weather = 1 - 0.25 * (level > 0.95) - 0.3 * np.exp(-height) * scene.city.detail
+    albedo = albedo * weather[:, None].astype(np.float32)
+    albedo[framed & (glass < 0.8)] = (0.62, 0.61, 0.58)
+    curtain = (chance > 0.75) | ((chance % 0.25 > 0.15) & (level > 0.6) & ~shop)
+    albedo[window] = np.where(curtain[window, None], (0.22, 0.21, 0.19), (0.035, 0.05, 0.065))
+    gloss = np.where(window, 0.35 + 0.4 * chance, 0).astype(np.float32)
+    emission = np.zeros_like(albedo)
+    if scene.light.lamps:
+        lit = window & (chance > np.where(shop, 0.4, 0.72))
+        bulb, tube = (0.75, 0.45, 0.16), (0.45, 0.52, 0.55)
+        tint = np.where((chance * 57 % 1 > 0.3)[:, None], bulb, tube)
+        emission[lit] = (tint * (0.15 + 0.55 * (chance * 91 % 1))[:, None])[lit]
+    return albedo, gloss, emission
 
 
 # ---- the camera's image --------------------------------------------------------------------------
@@ -598,129 +560,208 @@ def _facade(
 
 def _sky(scene: Scene, direction: Array) -> Array:
     """Radiance (N, 3) of the sky along directions (N, 3)."""
-    light = scene.light
-    horizon, zenith = np.array(light.horizon), np.array(light.zenith)
-    up = np.clip(direction[:, 2], 0, 1)
-    clear = horizon + (zenith - light.horizon) * (1 - np.exp(-4.5 * up))[:, None]
+    horizon, zenith = _f32(*scene.light.horizon), _f32(*scene.light.zenith)
+    up = direction[:, 2].clip(0, 1)
+    clear = horizon + (zenith - horizon) * (1 - np.exp(-4.5 * up))[:, None]
     scale = 1 / (up + 0.12)
     offset = float(scene.bend[1])
     noise = _noise(direction[:, 0] * scale + offset, direction[:, 1] * scale, 0.012, 1.9)
-    clouds = np.clip((noise - 1 + light.clouds) / 0.4, 0, 1) * np.clip(up * 9, 0, 1)
+    clouds = ((noise - 1 + scene.light.clouds) / 0.4).clip(0, 1) * (up * 9).clip(0, 1)
     radiance: Array = clear + (horizon * 1.18 - clear) * (0.75 * clouds)[:, None]
     return radiance
 
 
-def _street_light(
-    scene: Scene, view: View, points: Array, normal: Array, lit: Array
-) -> Iterator[Array]:
-    """Irradiance (N, 3) from each street lamp near the camera."""
-    for lamp in scene.lamps:
-        if -25 < (np.array(lamp) - view.position) @ view.rotation[:, 2] < 90:
-            to_lamp = np.array(lamp) - points
-            squared = (to_lamp**2).sum(1)
-            distance = np.sqrt(squared + 0.01)
-            cone = np.clip(to_lamp[:, 2] / distance - 0.1, 0, 1)
-            cone = cone * np.clip((normal * to_lamp).sum(1) / distance, 0.12, 1)
-            falloff = 22.0 * cone * (0.35 + 0.65 * lit) / (squared + 6)
-            yield falloff[:, None] * np.array((1.0, 0.66, 0.30))
+@dataclass
+class Shader:
+    """Gives what rays from one camera hit its colour."""
+
+    scene: Scene
+    prims: Array
+    position: Array
+    forward: Array
+    shadow: Shadow
+
+    def radiance(self, direction: Array, distance: Array, hit: Array) -> tuple[Array, Array]:
+        """Radiance (N, 3) and label (N,) along rays; arguments as `cast` returns them."""
+        scene, light = self.scene, self.scene.light
+        out, label = _sky(scene, direction), np.full(len(hit), world.SKY, np.uint8)
+        solid = np.nonzero(np.isfinite(distance))[0]
+        direction, distance, hit = direction[solid], distance[solid], hit[solid]
+        points = self.position + direction * distance[:, None]
+        surface = surface_at(scene, self.prims, hit, points)
+        normal, leafy, gloss = surface.normal, surface.leafy, surface.gloss
+        # A cell of the shadow map is wide: what casts a shadow must not shade itself.
+        lit = self.shadow.lit(points, normal * np.where(hit >= 0, np.float32(0.3), 0)[:, None])
+        # Leaves face all ways, mostly up.
+        normal[leafy] = normal[leafy] * np.float32(0.7) + _f32(0, 0, 0.3)
+        facing = (normal @ _f32(*scene.sun)).clip(0, 1)
+        facing[leafy] = 0.25 + 0.6 * facing[leafy]
+        sky_share = (0.62 + 0.38 * normal[:, 2]) * (0.62 + 0.38 * lit)
+        irradiance = sky_share[:, None] * _f32(*light.ambient)
+        irradiance += (facing * lit)[:, None] * _f32(*light.sun)
+        if light.lamps:
+            irradiance += self._lamps(points, normal, lit)
+        color = surface.albedo * irradiance * (1 - gloss * 0.6)[:, None] + surface.emission
+        shiny = np.nonzero(gloss > 0)[0]
+        course, facet = direction[shiny], normal[shiny]
+        cosine = (course * facet).sum(1)
+        mirrored = course - 2 * cosine[:, None] * facet
+        # Low down, houses and the road are mirrored, not the sky; flat angles mirror more.
+        bright = 0.25 + 0.75 * (mirrored[:, 2] * 3 + 0.3).clip(0, 1)
+        share = gloss[shiny] * bright * (0.75 + 1.5 * (1 - np.abs(cosine)) ** 3)
+        color[shiny] += share[:, None] * _sky(scene, mirrored)
+        clear = np.exp(distance * np.float32(-1 / light.haze))[:, None]
+        out[solid] = color * clear + (1 - clear) * _f32(*light.horizon)
+        label[solid] = surface.label
+        return out, label
+
+    def _lamps(self, points: Array, normal: Array, lit: Array) -> Array:
+        """Irradiance (N, 3) from the street lamps near the camera and the car's headlights."""
+        beam = points - self.position + _f32(0, 0, 0.8)
+        distance = np.sqrt((beam**2).sum(1))
+        cone = np.clip((beam @ self.forward) / distance, 0, 1) ** 14
+        facing = np.clip(-(normal * beam).sum(1) / distance, 0.08, 1)
+        dipped = np.clip(1.6 - beam[:, 2] * 0.5, 0.05, 1)
+        total = (26 * cone * facing * dipped / (distance**2 + 25))[:, None] * _f32(1.0, 0.95, 0.82)
+        for lamp in _f32(*self.scene.lamps).reshape(-1, 3):
+            if -25 < (lamp - self.position) @ self.forward < 90:
+                to_lamp = lamp - points
+                squared = (to_lamp**2).sum(1)
+                distance = np.sqrt(squared + 0.01)
+                cone = np.clip(to_lamp[:, 2] / distance - 0.1, 0, 1)
+                cone *= np.clip((normal * to_lamp).sum(1) / distance, 0.12, 1)
+                falloff = 22.0 * cone * (0.35 + 0.65 * lit) / (squared + 6)
+                total += falloff[:, None] * _f32(1.0, 0.66, 0.30)
+        return total
 
 
-def _headlights(view: View, points: Array, normal: Array) -> Array:
-    """Irradiance (N, 3) from the ego car's headlights."""
-    beam = points - view.position + (0, 0, 0.8)
-    distance = np.sqrt((beam**2).sum(1))
-    cone = np.clip((beam @ view.rotation[:, 2]) / distance, 0, 1) ** 14
-    facing = np.clip(-(normal * beam).sum(1) / distance, 0.08, 1)
-    low = np.clip(1.6 - beam[:, 2] * 0.5, 0.05, 1)  # dipped
-    falloff = 26.0 * cone * facing * low / (distance**2 + 25)
-    return falloff[:, None] * np.array((1.0, 0.95, 0.82))
+def photo(
+    scene: Scene,
+    prims: Array,
+    camera: Camera,
+    position: Array,
+    rotation: Array,
+    rng: np.random.Generator,
+) -> Picture:
+    """What the camera sees; prims: (P,) of PRIMITIVE, scene.primitives."""
+    shape = camera.height, camera.width
+    direction, cosine, distance, hit = _cast_camera(scene, prims, camera, position, rotation)
+    forward = rotation[:, 2]
+    shadow = Shadow(scene, prims, position, forward)
+    shader = Shader(scene, prims, _f32(*position), _f32(*forward), shadow)
+    radiance, label = shader.radiance(direction.T, distance, hit)
+    radiance = radiance.reshape(*shape, 3)
+    _smooth_edges(shader, camera, rotation, distance.reshape(shape), hit.reshape(shape), radiance)
+    depth = (distance * cosine).reshape(shape)
+    return Picture(_develop(scene, radiance, rng), label.reshape(shape), depth)
 
 
-def _radiance(scene: Scene, view: View, direction: Array, distance: Array, hit: Array) -> Array:
-    """Radiance (N, 3) that the camera receives along rays that hit something."""
+def _smooth_edges(
+    shader: Shader, camera: Camera, rotation: Array, distance: Array, hit: Array, radiance: Array
+) -> None:
+    """Replaces the radiance (H, W, 3) of pixels at edges by the mean of four rays.
+
+    These rays can only hit what the pixel's own ray and those of its four neighbours hit.
+    """
+    prims, sky = shader.prims, np.isinf(distance)
+    leaf = (prims["texture"][hit] == world.LEAF) & (hit >= 0)
+    what = np.where(sky, -2, np.where(leaf, -3, hit))
+    film = np.sqrt(radiance[..., 1] * shader.scene.light.exposure)
+    edge = np.zeros(hit.shape, bool)
+    for before, after in ((np.s_[:-1], np.s_[1:]), (np.s_[:, :-1], np.s_[:, 1:])):
+        differ = what[before] != what[after]
+        differ |= (np.abs(film[before] - film[after]) > 0.12) & ~leaf[before]
+        edge[before] |= differ
+        edge[after] |= differ
+    row, column = np.nonzero(edge)
+    v, u = (
+        (place + 0.5)[:, None] + _f32(*step)
+        for place, step in ((row, (-0.25, -0.25, 0.25, 0.25)), (column, (-0.25, 0.25, -0.25, 0.25)))
+    )
+    direction = _pixel_rays(camera, rotation, u, v)[0].reshape(3, -1)
+    out = np.full(u.size, np.inf, np.float32), np.full(u.size, -1, np.int32)
+    rows, columns = hit.shape
+    seen: list[Array] = []
+    pairs = []
+    for a, b in ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)):
+        place = (row + a).clip(0, rows - 1), (column + b).clip(0, columns - 1)
+        index = np.where(sky[place], -2, hit[place])
+        new = np.nonzero((index >= 0) & np.all([index != other for other in seen], 0))[0]
+        pairs.append((index[new], new))
+        seen.append(index)
+    owner, pixel = (np.concatenate(part) for part in zip(*pairs, strict=True))
+    ray = (pixel[:, None] * 4 + np.arange(4)).ravel()
+    origin = tuple(shader.position)
+    _meet(prims, np.repeat(owner, 4), ray, origin, direction, out)
+    _meet_ground(shader.scene, origin, direction, out)
+    # A ray that slips between all of them goes the way of the pixel's own.
+    lost = np.isinf(out[0]) & np.repeat(np.all([index != -2 for index in seen], 0), 4)
+    for found, own in zip(out, (distance, hit), strict=True):
+        found[lost] = np.repeat(own[row, column], 4)[lost]
+    color, _ = shader.radiance(direction.T, *out)
+    # Clipped before averaging: a highlight must not outshine its whole pixel.
+    radiance[row, column] = color.clip(0, 4).reshape(-1, 4, 3).mean(1)
+
+
+def _develop(scene: Scene, radiance: Array, rng: np.random.Generator) -> Array:
+    """The image (H, W, 3) u8 of a camera with the scene's tone."""
     light = scene.light
-    points = view.position + direction * distance[:, None]
-    surface = surface_at(scene, hit, points)
-    normal, gloss = surface.normal, surface.gloss[:, None]
-    leafy = (hit >= 0) & (scene.primitives["texture"][hit] == LEAF)
-    normal[leafy] = normal[leafy] * 0.7 + (0, 0, 0.3)  # leaves face all ways, mostly up
-
-    lit = _shadow(scene, view.position + view.rotation[:, 2] * 32, points)
-    facing = np.clip(normal @ scene.sun, 0, 1)
-    facing[leafy] = 0.25 + 0.6 * facing[leafy]
-    sky_share = (0.62 + 0.38 * normal[:, 2]) * (0.62 + 0.38 * lit)
-    irradiance = sky_share[:, None] * np.array(light.ambient)
-    irradiance = irradiance + (facing * lit)[:, None] * np.array(light.sun)
+    height, width, _ = radiance.shape
     if light.lamps:
-        for lamp in _street_light(scene, view, points, normal, lit):
-            irradiance += lamp
-        irradiance += _headlights(view, points, normal)
-
-    mirrored = direction - 2 * (direction * normal).sum(1, keepdims=True) * normal
-    diffuse = surface.albedo * irradiance * (1 - gloss * 0.6)
-    radiance = diffuse + gloss * _sky(scene, mirrored) + surface.emission
-    clear = np.exp(-distance / light.haze)[:, None]
-    seen: Array = radiance * clear + (1 - clear) * np.array(light.horizon)
-    return seen
-
-
-def photo(scene: Scene, view: View, rng: np.random.Generator) -> Image.Image:
-    """The camera's image, RGB, WIDTH x HEIGHT pixels."""
-    rays = camera_rays(view)
-    distance, hit = (v.ravel() for v in cast(rays, scene))
-    direction = np.stack([v.ravel() for v in rays.direction], 1)
-    radiance = _sky(scene, direction)
-    solid = np.isfinite(distance)
-    struck = direction[solid], distance[solid], hit[solid]
-    radiance[solid] = _radiance(scene, view, *struck)
-    picture = radiance.reshape(HEIGHT, OVERSAMPLE, WIDTH, OVERSAMPLE, 3).mean((1, 3))
-
-    light = scene.light
-    if light.lamps:
-        bright = Image.fromarray((np.clip(picture, 0, 1.5) * 170).astype(np.uint8))
-        halo = np.asarray(bright.filter(ImageFilter.GaussianBlur(5))) / 170.0
-        picture = picture + np.maximum(halo - 0.08, 0) * 0.5
-    v, u = np.mgrid[0:HEIGHT, 0:WIDTH]
-    vignette = 1 - 0.28 * (((u - WIDTH / 2) / WIDTH) ** 2 + ((v - HEIGHT / 2) / HEIGHT) ** 2)
-    exposed = 1 - np.exp(-light.exposure * picture * vignette[..., None])
-    film = exposed ** (1 / 2.2)
-    grey = 255 * (film - 0.06 * np.sin(2 * np.pi * film))  # more contrast
-    grain = rng.standard_normal((HEIGHT, WIDTH, 3))
-    grain = grain + 0.5 * rng.standard_normal((HEIGHT, WIDTH, 1))
-    return Image.fromarray(np.clip(grey + light.grain * grain, 0, 255).astype(np.uint8))
+        bright = Image.fromarray((np.clip(radiance, 0, 1.5) * 170).astype(np.uint8))
+        halo = np.asarray(bright.filter(ImageFilter.GaussianBlur(width / 80))) / np.float32(170)
+        radiance = radiance + np.maximum(halo - 0.08, 0) * 0.5
+    v, u = ((np.arange(n, dtype=np.float32) / n - 0.5) ** 2 for n in (height, width))
+    corner = 1 - light.vignette * (v[:, None] + u)
+    film = (1 - np.exp(-light.exposure * radiance * corner[..., None])) ** np.float32(1 / 2.2)
+    film = film - light.contrast * np.sin(2 * np.pi * film)
+    grey = film @ _f32(0.3, 0.6, 0.1)
+    film = grey[..., None] + (film - grey[..., None]) * np.float32(light.saturation)
+    film = 255 * film * _f32(*light.tint)
+    if light.grain:
+        grain = rng.standard_normal((height, width, 3), np.float32)
+        grain += 0.5 * rng.standard_normal((height, width, 1), np.float32)
+        film = film + light.grain * grain
+    return film.clip(0, 255).astype(np.uint8)
 
 
 # ---- the LiDAR's sweep ---------------------------------------------------------------------------
 
 
-def sweep(scene: Scene, view: View, drop: float, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Points (N, 5) float32 (x, y, z in the LiDAR's frame, intensity 0-255, ring), labels (N,).
+def sweep(
+    scene: Scene,
+    prims: Array,
+    lidar: Lidar,
+    position: Array,
+    rotation: Array,
+    drop: float,
+    rng: np.random.Generator,
+) -> tuple[Array, Array]:
+    """Points (N, 5) f32 (x, y, z in the LiDAR's frame, intensity 0-255, ring), labels (N,) u8.
 
-    drop: share of returns that are lost.
+    prims: (P,) of PRIMITIVE. drop: share of returns that are lost. Column by column, as the sensor
+    spins.
     """
-    rays, local = lidar_rays(view)
-    distance, hit = cast(rays, scene)
-    # Column by column, as the sensor spins.
-    distance, hit = distance.T.ravel(), hit.T.ravel()
-    direction, own = (np.stack([v.T.ravel() for v in grid], 1) for grid in (rays.direction, local))
-    ring = np.tile(np.arange(BEAMS, dtype=np.float32), COLUMNS)
-    near = distance < MAX_RANGE
-    distance, hit, direction, own, ring = (v[near] for v in (distance, hit, direction, own, ring))
+    own, distance, hit = _cast_lidar(scene, prims, lidar, position, rotation)
+    beams = len(lidar.elevations)
+    spin = np.arange(len(hit)).reshape(beams, -1).T.ravel()
+    spin = spin[distance[spin] < lidar.max_range]
+    own, distance, hit, ring = own.T[spin], distance[spin], hit[spin], spin // lidar.columns
+    direction = own @ _f32(*rotation).T
     count = len(distance)
-
-    surface = surface_at(scene, hit, view.position + direction * distance[:, None])
+    surface = surface_at(scene, prims, hit, _f32(*position) + direction * distance[:, None])
     label = surface.label
-    incidence = np.abs((surface.normal * direction).sum(1)) ** 0.6
+    incidence = np.abs((surface.normal * direction).sum(1)) ** np.float32(0.6)
     speckle = rng.uniform(0.8, 1.2, count)
     echo = surface.reflect * (0.1 + 0.9 * incidence) * speckle
     keep = rng.random(count) > drop
     keep &= rng.random(count) < 1 - np.exp(-echo * (55.0 / distance) ** 2 * 3.0)
     # Grass scatters the beam, which is what tells a lawn from a pavement at the same height.
-    spread = np.where(label == TERRAIN, 0.04, 0.015)
+    spread = np.where(label == world.TERRAIN, 0.04, 0.015)
     distance = distance + rng.normal(0, 1, count) * spread
     intensity = np.floor(np.clip(echo * 110 * np.exp(-distance / 90), 1, 255))
     stray = rng.random(count) < 0.0008
     distance[stray] *= rng.uniform(0.3, 0.95, count)[stray]
-    label[stray] = NOISE
+    label[stray] = world.NOISE
     points = np.concatenate([own * distance[:, None], intensity[:, None], ring[:, None]], 1)
     return points[keep].astype(np.float32), label[keep]
