@@ -32,7 +32,7 @@ demo: setup
 	$(BIN)/ftd compare --src day --tgt night --methods source-only,ftdpp --preset small --out $(DEMO) \
 		--set steps=256 --set milestones=192 --set val_every=128
 	@for method in source-only ftdpp; do \
-		$(BIN)/ftd eval $(DEMO)/day-night-$$method-seed0 --count 8 --overlay $(DEMO)/pictures/$$method --json > /dev/null || exit 1; \
+		$(BIN)/ftd eval $(DEMO)/day-night-$$method*seed0 --count 8 --overlay $(DEMO)/pictures/$$method --json > /dev/null || exit 1; \
 	done
 	@echo
 	@echo "trained on days, tested on nights that had no labels. Table: above, and $(DEMO)/compare.json"

@@ -43,6 +43,12 @@ Data = Annotated[
     Path | None,
     typer.Option("--data", help="Root of the data set. Without it: the built-in street world."),
 ]
+SrcData = Annotated[
+    Path | None, typer.Option(help="Root of the source, where it differs from --data.")
+]
+TgtData = Annotated[
+    Path | None, typer.Option(help="Root of the target, where it differs from --data.")
+]
 Version = Annotated[
     str | None, typer.Option("--data-version", help="nuScenes version folder, e.g. v1.0-mini.")
 ]
@@ -341,12 +347,8 @@ def train(
         Path | None, typer.Option(help="Run folder; default runs/SRC-TGT-METHOD[SETTINGS]-seedN.")
     ] = None,
     data: Data = None,
-    src_data: Annotated[
-        Path | None, typer.Option(help="Root of the source, where it differs from --data.")
-    ] = None,
-    tgt_data: Annotated[
-        Path | None, typer.Option(help="Root of the target, where it differs from --data.")
-    ] = None,
+    src_data: SrcData = None,
+    tgt_data: TgtData = None,
     data_version: Version = None,
     src_frames: Annotated[
         str | None, typer.Option(help="Train on these source frames: tokens, comma-separated.")
@@ -685,6 +687,11 @@ def evaluate(
     origin = _run_origin(run, domain, data, data_version, split, frames)
     r = system.recipe
     splits = _known_domain("--domain", origin.domain).splits
+    if split is None and origin.frames is None and not {"test", "val"} & set(splits):
+        raise _fail(
+            f"{origin.domain} has no test or val split; name one with --split: {', '.join(splits)}",
+            USAGE,
+        )
     split = split or ("test" if "test" in splits else "val")
     if origin.frames is None and split not in splits:
         raise _fail(f"--split {split}: {origin.domain} has {', '.join(splits)}", USAGE)
@@ -819,11 +826,17 @@ def compare(
     src: Annotated[str, typer.Option(help="Origin domain.")] = "usa",
     tgt: Annotated[str, typer.Option(help="Target domain.")] = "singapore",
     methods: Annotated[
-        str, typer.Option(help="Comma-separated; NAME+pl adds the second stage.")
-    ] = "source-only,ftdpp",
+        str | None,
+        typer.Option(
+            help="Comma-separated; NAME+pl adds the second stage. Default: source-only,ftdpp; on "
+            "images without points source-only,target-only."
+        ),
+    ] = None,
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0",
     preset: Preset = None,
     data: Data = None,
+    src_data: SrcData = None,
+    tgt_data: TgtData = None,
     data_version: Version = None,
     steps: Steps = None,
     set_: Sets = None,
@@ -839,15 +852,18 @@ def compare(
     """Train several methods with several seeds, select on val, and compare them on test in one
     table (also OUT/compare.json)."""
     from ftdpp import compare as comparison
-    from ftdpp import kernels, runs, screen
+    from ftdpp import kernels, runs, screen, systems
     from ftdpp.readers import plural
 
     console = screen.messages()
     for option, domain in (("--src", src), ("--tgt", tgt)):
         _known_domain(option, domain)
     dev, dev_why = _device(device)
-    preset, preset_why = _preset(preset, dev, data is None)
+    roots = src_data or data, tgt_data or data
+    preset, preset_why = _preset(preset, dev, None in roots)
     scenario = f"{src}-{tgt}" + ("-ssda" if ssda else "")
+    dense = systems.is_dense(scenario)
+    methods = methods or ("source-only,target-only" if dense else "source-only,ftdpp")
     overrides = [*(set_ or []), *([f"steps={steps}"] if steps else [])]
     jobs = comparison.plan(scenario, methods, seeds, preset, overrides, out)
     splits = _known_domain("--tgt", tgt).splits
@@ -855,13 +871,13 @@ def compare(
         raise _fail(f"--tgt {tgt}: has no val split to select on; use ftd train", USAGE)
     _writable(out, folder=True)
     weights = _imagenet(pretrained, jobs[0].recipe)
-    built_in = _known_roots(src, tgt, (data, data))
+    built_in = _known_roots(src, tgt, roots)
     folder, folder_why = _cache(cache)
     thread_choice = _threads(threads)
     if built_in:
         src_root, tgt_root = _world(src, tgt, folder, int(thread_choice[0]), console)
     else:
-        src_root = tgt_root = Path(data or "").resolve()
+        src_root, tgt_root = (Path(root or "").resolve() for root in roots)
     sides = {"src": (src, src_root), "tgt": (tgt, tgt_root), "val": (tgt, tgt_root)}
     origins = {side: runs.Origin(*where, data_version) for side, where in sides.items()}
     places = runs.Places(origins, folder, built_in)
@@ -1057,7 +1073,9 @@ def data_synth(
     except ValueError as error:
         raise _fail(error, USAGE) from None
     first, second = layouts.roots(out, src, tgt)
-    data = f"--data {out}" if first == second else f"--src-data {first} --tgt-data {second}"
+    data = f"--data {quote(str(out))}"
+    if first != second:
+        data = f"--src-data {quote(str(first))} --tgt-data {quote(str(second))}"
     console.print(
         f"wrote {out}; use it with: ftd train --src {src} --tgt {tgt} {data}", soft_wrap=True
     )

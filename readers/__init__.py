@@ -109,7 +109,10 @@ def check(root: str | Path, domain: Domain, version: str | None = None) -> list[
     rows = []
     for split in domain.splits:
         refs = list_frames(root, domain, split, version)
-        missing = [path for ref in refs for path in ref.files if not path.exists()]
+        files = [path for ref in refs for path in ref.files]
+        if reader_of(domain).dense:  # cameras; the tables of others are read when frames are listed
+            files += reader_of(domain).tables(Path(root), version, refs)
+        missing = [path for path in files if not path.exists()]
         labelled = sum(ref.label_path is not None for ref in refs)
         expected = domain.frames.get(split)
         notes = []

@@ -16,6 +16,8 @@ camera's view: x ahead, y to the left, z up); docs.opencv.org, module calib3d (l
 from __future__ import annotations
 
 import json
+import lzma
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -28,6 +30,7 @@ import numpy as np
 from PIL import Image
 
 from ftdpp.readers.base import (
+    PIXELS,
     Array,
     DataError,
     Domain,
@@ -184,7 +187,7 @@ def _read_json(path: Path) -> Any:
         raise DataError(
             f"{path}: missing; download it from a2d2.audi and put it into the A2D2 root"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not readable JSON ({error}); download it again") from None
 
 
@@ -218,7 +221,8 @@ def _read_lidar(path: Path) -> tuple[Array, Array]:
         ) from None
     except (
         OSError, ValueError, TypeError, EOFError, SyntaxError, RuntimeError, MemoryError,
-        zipfile.BadZipFile, zlib.error,
+        OverflowError, RecursionError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
+        tokenize.TokenError,
     ) as error:  # fmt: skip
         raise DataError(f"{path}: not readable points ({error}); download it again") from None
     points = arrays["points"]
@@ -312,11 +316,12 @@ def _camera(file: tuple[str, int, int]) -> _Camera:
             raise ValueError("a number is not finite")
         if not (new[0, 0] > 0 < new[1, 1]):
             raise ValueError("a focal length is not positive")
-        if not all(0 < n <= 10_000 and n == int(n) for n in (height, width)):
+        whole = all(n > 0 and n == int(n) for n in (height, width))
+        if not whole or height * width > PIXELS:
             raise ValueError(f"Resolution {width}x{height}")
         if lens != "Telecam":
             raise ValueError(f"Lens {lens!r}, that of the front-centre camera is 'Telecam'")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(
             f"{path}: not the calibration of cameras.front_center ({error!r}); download it again"
         ) from None

@@ -17,6 +17,8 @@ import numpy as np
 from PIL import Image
 
 Array = np.ndarray[Any, np.dtype[Any]]
+PIXELS = 1 << 24  # a larger image is refused before it is decoded; those of Cityscapes have 2^21
+FORMATS = ("PNG", "JPEG")  # of images
 
 
 class DataError(Exception):
@@ -186,7 +188,7 @@ def make_calib(path: Path, steps: Iterable[tuple[Any, Any, bool]], camera: Any) 
             tuple((tuple(map(float, q)), tuple(map(float, t)), inverse) for q, t, inverse in steps),
             tuple(tuple(map(float, row)) for row in camera),
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise DataError(
             f"{path}: calibration is not made of numbers ({error}); restore the original file"
         ) from None
@@ -228,6 +230,8 @@ def read_array(path: Path, dtype: type[np.generic], columns: int) -> Array:
         content = path.read_bytes()
     except FileNotFoundError:
         raise _missing(path) from None
+    except OSError as error:
+        raise DataError(f"{path}: not readable ({error}); restore the original file") from None
     row = columns * np.dtype(dtype).itemsize
     if not content or len(content) % row:
         raise DataError(
@@ -238,11 +242,23 @@ def read_array(path: Path, dtype: type[np.generic], columns: int) -> Array:
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image file in RGB. Raises DataError: missing or not readable."""
+    """A PNG or JPEG file in RGB. Raises DataError: missing, not readable, or too large.
+
+    Of a PNG the checksums come first: Pillow decodes pixels without them. Pillow's other formats
+    are refused: some run programs of their own.
+    """
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=FORMATS) as file:
+            if file.width * file.height > PIXELS:
+                raise ValueError(f"{file.width} x {file.height}, more than {PIXELS} pixels")
+            if file.format == "PNG":
+                file.verify()
+        with Image.open(path, formats=FORMATS) as file:  # what is verified cannot be read
             return file.convert("RGB")
     except FileNotFoundError:
         raise _missing(path) from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (
+        OSError, SyntaxError, ValueError, IndexError, EOFError, Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:  # fmt: skip
         raise DataError(f"{path}: not a readable image ({error}); download it again") from None

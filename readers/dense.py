@@ -12,9 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile
 
-from ftdpp.readers.base import Array, DataError, Reader
-
-PIXELS = 1 << 24  # a larger image is refused before it is decoded; those of Cityscapes have 2^21
+from ftdpp.readers.base import PIXELS, Array, DataError, Reader
 
 
 class DenseReader(Reader):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 import numpy as np
@@ -219,11 +219,24 @@ def _table(
         raise DataError(
             f"{path}: missing; expected a nuScenes table, download its metadata"
         ) from None
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"{path}: not a readable nuScenes table ({error!r}); download it again"
         ) from None
-    return [row for row in rows if row is not None]
+    rows = [row for row in rows if row is not None]
+    if not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path}: a row is not a record of names and values; download it again")
+    return rows
+
+
+def _below(root: Path, table: Path, name: object) -> Path:
+    """The file that a table names. Raises DataError for one that is not below the root."""
+    plain = PurePosixPath(name) if isinstance(name, str) else PurePosixPath("/")
+    if plain.is_absolute() or ".." in plain.parts or not plain.parts:
+        raise DataError(
+            f"{table}: file name {name!r}, expected a path below {root}; download the table again"
+        )
+    return root / plain
 
 
 @lru_cache(maxsize=2)  # parsing the full tables takes half a minute, and each split asks
@@ -239,6 +252,10 @@ def _key_frames(
     except KeyError as error:
         raise DataError(
             f"{directory}: tables do not fit together, {error} is not found; download them again"
+        ) from None
+    except (TypeError, AttributeError) as error:
+        raise DataError(
+            f"{directory}: a table holds a value of another kind ({error}); download them again"
         ) from None
 
 
@@ -266,10 +283,17 @@ def _join_tables(root: Path, directory: Path) -> list[tuple[FrameRef, str, str]]
     location = {row["token"]: row["location"] for row in _table(directory, "log")}
     # Without lidarseg.json frames have no labels, and category.json has no column `index`, either.
     lidarseg = _table(directory, "lidarseg") if (directory / "lidarseg.json").exists() else []
-    labels = {row["sample_data_token"]: root / row["filename"] for row in lidarseg}
+    table = directory / "lidarseg.json"
+    labels = {row["sample_data_token"]: _below(root, table, row["filename"]) for row in lidarseg}
     categories: tuple[tuple[int, str], ...] = ()
     if lidarseg:
         categories = tuple((row["index"], row["name"]) for row in _table(directory, "category"))
+        if not all(type(i) is int and 0 <= i < 256 and isinstance(n, str) for i, n in categories):
+            raise DataError(
+                f"{directory / 'category.json'}: expected an index of 0 to 255 and a name in each "
+                "row; download it again"
+            )
+    table = directory / "sample_data.json"
 
     frames = []
     for sample in sorted(
@@ -277,6 +301,12 @@ def _join_tables(root: Path, directory: Path) -> list[tuple[FrameRef, str, str]]
         key=lambda row: (scenes[row["scene_token"]]["name"], row["timestamp"]),
     ):
         scene, token = scenes[sample["scene_token"]], sample["token"]
+        texts = scene["name"], scene["description"], location[scene["log_token"]]
+        if not all(isinstance(text, str) for text in texts):
+            raise DataError(
+                f"{directory}: a scene or its log holds {texts}, expected texts; download "
+                "scene.json and log.json again"
+            )
         lidar, camera = files[token, "LIDAR_TOP"], files[token, "CAM_FRONT"]
         moves = [  # sensor, ego, world at the sweep's time; world, ego, camera at the image's
             (sensors[lidar["calibrated_sensor_token"]], False),
@@ -289,8 +319,8 @@ def _join_tables(root: Path, directory: Path) -> list[tuple[FrameRef, str, str]]
             token=token,
             scene=scene["name"],
             reader=NuScenes.name,
-            image_path=root / camera["filename"],
-            points_path=root / lidar["filename"],
+            image_path=_below(root, table, camera["filename"]),
+            points_path=_below(root, table, lidar["filename"]),
             label_path=labels.get(lidar["token"]),
             image_size=(camera["height"], camera["width"]) if stated else None,
             calib=make_calib(

@@ -9,6 +9,7 @@ frame is a frame of its own here; the released code draws one of them whenever i
 
 from __future__ import annotations
 
+import tokenize
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -118,7 +119,10 @@ def _read_cloud(path: Path) -> Array:
         cloud = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"{path}: missing; make the point cloud again") from None
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
+    except (
+        OSError, ValueError, TypeError, OverflowError, EOFError, SyntaxError, MemoryError,
+        RecursionError, tokenize.TokenError,
+    ) as error:  # fmt: skip
         raise DataError(
             f"{path}: not a readable array ({error}); make the point cloud again"
         ) from None

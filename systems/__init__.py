@@ -200,8 +200,11 @@ def recipe(
             raise unknown(what, found, known)
     row, system = METHODS[method], system_of(method, scenario)
     if scenario.endswith("-ssda") and not row.semi_supervised:
-        able = ", ".join(name for name, other in METHODS.items() if other.semi_supervised)
-        raise RecipeError(f"{method} has no semi-supervised form; drop --ssda, or use: {able}")
+        able = ", ".join(methods_for(scenario))
+        raise RecipeError(
+            f"{method} has no semi-supervised form; drop --ssda"
+            + (f", or use: {able}" if able else "")
+        )
     scenario_row = system.scenarios.get(scenario)
     if scenario_row is None:
         scenario_row = {**default_row(scenario, list(system.scenarios)), **system.default}

@@ -306,6 +306,13 @@ def one_array(path: Path) -> None:
         np.save(file, np.zeros((POINTS, 3)))
 
 
+def one_bit(path: Path) -> None:
+    """Flips a bit of the pixels' data: Pillow would decode it into another label."""
+    content = bytearray(path.read_bytes())
+    content[content.index(b"IDAT") + 12] ^= 4
+    path.write_bytes(content)
+
+
 TABLE, COLOURS = "cams_lidars.json", "class_list.json"
 CORRUPTIONS: list[tuple[str, Callable[[Path], object], str]] = [
     (LIDAR, Path.unlink, "missing"),
@@ -341,6 +348,10 @@ CORRUPTIONS: list[tuple[str, Callable[[Path], object], str]] = [
     (TABLE, camera(Distortion=[[0.1]]), "4 or 5"),
     (TABLE, camera(Distortion=[[float("nan")] * 5]), "not finite"),
     (TABLE, camera(Resolution=[10**9, 10**9]), "Resolution"),
+    (TABLE, camera(Resolution=[10_000, 10_000]), "Resolution"),
+    (TABLE, camera(Distortion=[[10**400, 0, 0, 0]]), "not the calibration"),
+    (TABLE, lambda path: path.write_text("[" * 100_000), "not readable JSON"),
+    (LABEL, one_bit, "not a readable image"),
     (TABLE, camera(Resolution=[96]), "not the calibration"),
     (TABLE, camera(Lens="Fisheye"), "Fisheye"),
     (COLOURS, Path.unlink, r"missing; download it from a2d2\.audi"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -202,6 +204,30 @@ def test_dense_pairs_train(
     picture = np.asarray(Image.open(next((tmp_path / "o").glob("*.png"))))
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 100
     assert len(CLASS_SETS[meta["recipe"]["classes"]]) == classes
+
+
+def test_comparison_of_two_roots(roots: dict[str, Path], tmp_path: Path) -> None:
+    """Without --methods: those that need no points."""
+    where = ("--src-data", roots["gta5"], "--tgt-data", roots["cityscapes"])
+    more = ("--cache", tmp_path / "cache", "--out", tmp_path / "runs", "--threads", 1)
+    pair = ("compare", "--src", "gta5", "--tgt", "cityscapes", "--preset", "small")
+    result = ftd(*pair, *where, *more, "--steps", 1, *TINY)
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "runs" / "compare.json").read_text())
+    assert [row["method"] for row in rows] == ["source-only", "target-only"]
+    run = next((tmp_path / "runs").glob("*source-only*"))
+    found = ftd("eval", run, "--domain", "gta5", "--data",
+                roots["gta5"], "--cache", tmp_path / "cache")  # fmt: skip
+    assert found.exit_code == 2 and "name one with --split: train" in words(found)
+
+
+def test_a_missing_camera_is_counted(roots: dict[str, Path], tmp_path: Path) -> None:
+    root = tmp_path / "cityscapes"
+    shutil.copytree(roots["cityscapes"], root)
+    shutil.rmtree(root / "camera")
+    result = ftd("data", "check", root, "--domain", "cityscapes")
+    assert result.exit_code == 3, result.output
+    assert "_camera.json" in words(result)
 
 
 def test_methods_that_need_points_say_so() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ftdpp import data, index, readers
 from ftdpp.data import CLASS_SETS, IGNORE, Augment, class_table, common_class_sets, sample
@@ -258,6 +259,7 @@ def test_ids_and_rotation() -> None:
 CALIBRATION = "v1.0-mini/calibrated_sensor.json"
 SWEEP = "samples/LIDAR_TOP/frame-0001.pcd.bin"
 PHOTO = "samples/CAM_FRONT/frame-0001.png"
+TABLE = "v1.0-mini/sample_data.json"
 LABELS = "lidarseg/v1.0-mini/frame-0001_lidarseg.bin"
 
 
@@ -279,6 +281,27 @@ CORRUPTIONS: list[tuple[str, Callable[[Path], object], str]] = [
     ("v1.0-mini/sample_data.json", cut, "not a readable nuScenes table"),
     ("v1.0-mini/scene.json", lambda path: path.write_text("{}"), "not a readable nuScenes table"),
     ("v1.0-mini/log.json", lambda path: path.write_text("[]"), "do not fit together"),
+    # Files outside of the root are never read.
+    (TABLE, swap('"samples/', '"../samples/'), r"\.\./samples.*expected a path below"),
+    (TABLE, swap('"samples/', '"/etc/'), "expected a path below"),
+    ("v1.0-mini/lidarseg.json", swap('"lidarseg/', '"../'), "expected a path below"),
+    ("v1.0-mini/category.json", swap('"index": 1}', '"index": 1000000000}'), "0 to 255"),
+    ("v1.0-mini/category.json", swap('"index": 1}', '"index": -1}'), "0 to 255"),
+    ("v1.0-mini/scene.json", lambda path: path.write_text("[1, 2]"), "not a record"),
+    ("v1.0-mini/scene.json", lambda path: path.write_text("[" * 100_000), "not a readable"),
+    (
+        "v1.0-mini/ego_pose.json",
+        swap('"translation": [0', '"translation": [1' + "0" * 400),
+        "not made of numbers",
+    ),
+    # Only PNG and JPEG: Pillow hands PostScript to another program.
+    (
+        PHOTO,
+        lambda path: path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
+        "not a readable image",
+    ),
+    (PHOTO, lambda path: picture(0, 40, 20).save(path, "BMP"), "not a readable image"),
+    (PHOTO, lambda path: Image.new("1", (5000, 5000)).save(path), "more than 16777216 pixels"),
     (CALIBRATION, swap("300", "NaN"), "non-finite"),
     (CALIBRATION, swap("300", '"x"'), "numbers"),
 ]

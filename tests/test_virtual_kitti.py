@@ -120,6 +120,13 @@ def pickled(path: Path) -> None:
     np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
 
 
+def header_of(shape: str) -> Callable[[Path], object]:
+    """Writes a header that claims this shape, which need not be one."""
+    text = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}}}"
+    head = b"\x93NUMPY\x01\x00" + (len(text) + 1).to_bytes(2, "little") + text.encode() + b"\n"
+    return lambda path: path.write_bytes(head + bytes(60 * 7 * 8))
+
+
 CLOUD, PHOTO = "vkitti_npy/0020/00000.npy", "vkitti_1.3.1_rgb/0020/rain/00000.png"
 CORRUPTIONS: list[tuple[str, Callable[[Path], object], str]] = [
     (CLOUD, cut, "not a readable array"),
@@ -127,6 +134,9 @@ CORRUPTIONS: list[tuple[str, Callable[[Path], object], str]] = [
     (CLOUD, pickled, "not a readable array"),
     (CLOUD, lambda path: path.write_bytes(b""), "not a readable array"),
     (CLOUD, lambda path: path.write_bytes(b"no array"), "not a readable array"),
+    (CLOUD, header_of("(True, 7)"), "not a readable array"),
+    (CLOUD, header_of("(1" + "0" * 30 + ", 7)"), "not a readable array"),
+    (CLOUD, header_of("(60, 7), ((("), "not a readable array"),
     (CLOUD, archive, "an archive, expected one array"),
     (CLOUD, rewrite(lambda cloud: cloud[:, :6]), r"\(60, 6\), expected numbers \(N, 7\)"),
     (CLOUD, rewrite(lambda cloud: cloud[0]), r"\(7,\), expected numbers"),
