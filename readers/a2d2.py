@@ -37,6 +37,7 @@ from ftdpp.readers.base import (
     FrameRef,
     RawFrame,
     Reader,
+    missing,
     read_image,
     stamp,
 )
@@ -216,9 +217,7 @@ def _read_lidar(path: Path) -> tuple[Array, Array]:
                     raise ValueError(f"no key {name!r}, found {', '.join(file.files)}")
                 arrays[name] = file[keys[name]]
     except FileNotFoundError:
-        raise DataError(
-            f"{path}: missing; download the part of the data set that holds it"
-        ) from None
+        raise missing(path) from None
     except (
         OSError, ValueError, TypeError, EOFError, SyntaxError, RuntimeError, MemoryError,
         OverflowError, RecursionError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,

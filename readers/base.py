@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 Array = np.ndarray[Any, np.dtype[Any]]
 PIXELS = 1 << 24  # a larger image is refused before it is decoded; those of Cityscapes have 2^21
-FORMATS = ("PNG", "JPEG")  # of images
 
 
 class DataError(Exception):
@@ -220,7 +220,8 @@ def stamp(path: Path) -> tuple[str, int, int]:
         return str(path), -1, 0
 
 
-def _missing(path: Path) -> DataError:
+def missing(path: Path) -> DataError:
+    """The error for a file that is not there."""
     return DataError(f"{path}: missing; download the part of the data set that holds it")
 
 
@@ -229,7 +230,7 @@ def read_array(path: Path, dtype: type[np.generic], columns: int) -> Array:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise _missing(path) from None
+        raise missing(path) from None
     except OSError as error:
         raise DataError(f"{path}: not readable ({error}); restore the original file") from None
     row = columns * np.dtype(dtype).itemsize
@@ -241,24 +242,34 @@ def read_array(path: Path, dtype: type[np.generic], columns: int) -> Array:
     return np.frombuffer(content, dtype).reshape(-1, columns)
 
 
-def read_image(path: Path) -> Image.Image:
-    """A PNG or JPEG file in RGB. Raises DataError: missing, not readable, or too large.
+@contextmanager
+def open_image(path: Path, *formats: str) -> Iterator[ImageFile.ImageFile]:
+    """An open image of a size that is allowed; failures inside the block become a DataError.
 
-    Of a PNG the checksums come first: Pillow decodes pixels without them. Pillow's other formats
-    are refused: some run programs of their own.
+    formats: in Pillow's words; without them PNG and JPEG. Others are never opened: for some Pillow
+    runs another program. Of a PNG the checksums come first: Pillow decodes pixels without them, and
+    a wrong label looks like any.
     """
+    allowed = formats or ("PNG", "JPEG")
+    large = f"{path}: an image of more than {PIXELS} pixels is not read; restore the original file"
     try:
-        with Image.open(path, formats=FORMATS) as file:
+        with Image.open(path, formats=allowed) as file:
             if file.width * file.height > PIXELS:
-                raise ValueError(f"{file.width} x {file.height}, more than {PIXELS} pixels")
+                raise DataError(large)
             if file.format == "PNG":
                 file.verify()
-        with Image.open(path, formats=FORMATS) as file:  # what is verified cannot be read
-            return file.convert("RGB")
+        with Image.open(path, formats=allowed) as file:  # what is verified cannot be read
+            yield file
     except FileNotFoundError:
-        raise _missing(path) from None
-    except (
-        OSError, SyntaxError, ValueError, IndexError, EOFError, Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:  # fmt: skip
-        raise DataError(f"{path}: not a readable image ({error}); download it again") from None
+        raise missing(path) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise DataError(large) from None
+    except (OSError, SyntaxError, ValueError, IndexError, EOFError) as error:
+        kind = " or ".join(formats) or "image"
+        raise DataError(f"{path}: not a readable {kind} ({error}); download it again") from None
+
+
+def read_image(path: Path, *formats: str) -> Image.Image:
+    """An image in RGB, of PNG or JPEG unless formats are named. Raises DataError."""
+    with open_image(path, *formats) as file:
+        return file.convert("RGB")

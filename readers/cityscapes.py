@@ -20,15 +20,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from ftdpp.readers.base import Array, DataError, Domain, FrameRef, RawFrame
-from ftdpp.readers.dense import (
-    DenseReader,
-    read_16_bits,
-    read_ids,
-    read_photo,
-    require_known,
-    require_size,
-)
+from ftdpp.readers.base import Array, DataError, Domain, FrameRef, RawFrame, read_image
+from ftdpp.readers.dense import DenseReader, read_16_bits, read_ids, require_known, require_size
 
 # Licence plates have the id -1 and are in no label image.
 RAW_NAMES = dict(
@@ -101,7 +94,7 @@ class Cityscapes(DenseReader):
         return refs
 
     def read(self, ref: FrameRef) -> RawFrame:
-        image, labels, depth = read_photo(ref.image_path), None, None
+        image, labels, depth = read_image(ref.image_path, "PNG"), None, None
         if ref.label_path is not None:
             labels = read_ids(ref.label_path)
             require_size(ref.label_path, labels, image, ref.image_path)

@@ -5,14 +5,13 @@ A dense data set labels the pixels of an image; it has no LiDAR. All of its imag
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFile
 
-from ftdpp.readers.base import PIXELS, Array, DataError, Reader
+from ftdpp.readers.base import Array, DataError, Reader, open_image
 
 
 class DenseReader(Reader):
@@ -22,18 +21,12 @@ class DenseReader(Reader):
     crop = (512, 512)
 
 
-def read_photo(path: Path) -> Image.Image:
-    """A PNG in RGB. Raises DataError: missing, not readable, or too large."""
-    with _png(path) as file:
-        return file.convert("RGB")
-
-
 def read_ids(path: Path) -> Array:
     """The label ids (H, W) u8 of a PNG of 8 bits: its grey values or, with a palette, the indices.
 
     Raises DataError: missing, not readable, too large, or of another kind.
     """
-    with _png(path) as file:
+    with open_image(path, "PNG") as file:
         # A grey image of fewer bits is scaled up when it is read; palette indices are not.
         if file.mode != "P" and _kind(file) != "L":
             raise DataError(
@@ -52,7 +45,7 @@ def read_16_bits(path: Path) -> Array:
 
     Raises DataError: missing, not readable, too large, or of another kind.
     """
-    with _png(path) as file:
+    with open_image(path, "PNG") as file:
         kind = _kind(file)
         if kind == "I;16B":
             return np.array(file).astype(np.uint16)
@@ -62,7 +55,7 @@ def read_16_bits(path: Path) -> Array:
                 "a copy in 8 bits has lost values, restore the original file"
             )
         high = np.array(file.getchannel(0))
-    with _png(path) as file:
+    with open_image(path, "PNG") as file:
         codec, box, offset = file.tile[0][:3]
         # Pillow 10 has plain tuples here, later ones have named ones and take both.
         file.tile = [(codec, box, offset, "RGB;16L")]  # type: ignore[list-item]
@@ -96,27 +89,3 @@ def names(folder: Path) -> set[str]:
 def _kind(file: ImageFile.ImageFile) -> str:
     """How a pixel lies in the file, in Pillow's words: "L", "P", "RGB", "I;16B", "RGB;16B", ..."""
     return str(file.tile[0][3])
-
-
-@contextmanager
-def _png(path: Path) -> Iterator[ImageFile.ImageFile]:
-    """An open PNG of a size that is allowed; failures inside the block become a DataError.
-
-    The checksums come first: Pillow decodes pixels without them, and a wrong label looks like any.
-    """
-    large = f"{path}: an image of more than {PIXELS} pixels is not read; restore the original file"
-    try:
-        with Image.open(path, formats=("PNG",)) as file:
-            if file.width * file.height > PIXELS:
-                raise DataError(large)
-            file.verify()
-        with Image.open(path, formats=("PNG",)) as file:  # what is verified cannot be read
-            yield file
-    except FileNotFoundError:
-        raise DataError(
-            f"{path}: missing; download the part of the data set that holds it"
-        ) from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise DataError(large) from None
-    except (OSError, SyntaxError, ValueError, IndexError, EOFError) as error:
-        raise DataError(f"{path}: not a readable PNG ({error}); download it again") from None

@@ -18,17 +18,10 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
-from ftdpp.readers.base import Array, DataError, Domain, FrameRef, RawFrame
+from ftdpp.readers.base import Array, DataError, Domain, FrameRef, RawFrame, read_image
 from ftdpp.readers.cityscapes import CLASSES
 from ftdpp.readers.cityscapes import RAW_NAMES as CITYSCAPES_NAMES
-from ftdpp.readers.dense import (
-    DenseReader,
-    names,
-    read_ids,
-    read_photo,
-    require_known,
-    require_size,
-)
+from ftdpp.readers.dense import DenseReader, names, read_ids, require_known, require_size
 
 RAW_NAMES = {**CITYSCAPES_NAMES, 34: "license plate"}
 STRETCH = 0.05  # labels whose height and width differ from the image's by up to this are stretched
@@ -63,7 +56,7 @@ class Gta5(DenseReader):
         ]
 
     def read(self, ref: FrameRef) -> RawFrame:
-        image, labels = read_photo(ref.image_path), None
+        image, labels = read_image(ref.image_path, "PNG"), None
         if ref.label_path is not None:
             labels = _stretched(read_ids(ref.label_path), image)
             require_size(ref.label_path, labels, image, ref.image_path)

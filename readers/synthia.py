@@ -17,16 +17,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from ftdpp.readers.base import DataError, Domain, FrameRef, RawFrame
+from ftdpp.readers.base import DataError, Domain, FrameRef, RawFrame, read_image
 from ftdpp.readers.cityscapes import CLASSES
-from ftdpp.readers.dense import (
-    DenseReader,
-    names,
-    read_16_bits,
-    read_photo,
-    require_known,
-    require_size,
-)
+from ftdpp.readers.dense import DenseReader, names, read_16_bits, require_known, require_size
 
 RAW_NAMES = dict(
     enumerate(
@@ -76,7 +69,7 @@ class Synthia(DenseReader):
         ]
 
     def read(self, ref: FrameRef) -> RawFrame:
-        image, labels, depth = read_photo(ref.image_path), None, None
+        image, labels, depth = read_image(ref.image_path, "PNG"), None, None
         if ref.label_path is not None:
             labels = read_16_bits(ref.label_path)
             require_size(ref.label_path, labels, image, ref.image_path)
