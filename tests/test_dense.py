@@ -210,9 +210,10 @@ def test_comparison_of_two_roots(roots: dict[str, Path], tmp_path: Path) -> None
     """Without --methods: those that need no points."""
     where = ("--src-data", roots["gta5"], "--tgt-data", roots["cityscapes"])
     more = ("--cache", tmp_path / "cache", "--out", tmp_path / "runs", "--threads", 1)
-    pair = ("compare", "--src", "gta5", "--tgt", "cityscapes", "--preset", "small")
+    pair = ("compare", "--src", "gta5", "--tgt", "cityscapes")
     result = ftd(*pair, *where, *more, "--steps", 1, *TINY)
     assert result.exit_code == 0, result.output
+    assert "built-in world" not in words(result).lower(), "the reason of the preset, too"
     rows = json.loads((tmp_path / "runs" / "compare.json").read_text())
     assert [row["method"] for row in rows] == ["source-only", "target-only"]
     run = next((tmp_path / "runs").glob("*source-only*"))
