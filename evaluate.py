@@ -7,11 +7,13 @@ import functools
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
@@ -19,7 +21,7 @@ from torch import Tensor
 from ftdpp.checkpoint import FORMAT, RunError, read_metadata, save
 from ftdpp.data import CLASS_SETS, IGNORE, UNLABELLED, Batch, Frame, collate, sample
 from ftdpp.files import Progress
-from ftdpp.index import Index, require_labels, resized
+from ftdpp.index import Index, original_frames, require_labels, resized
 from ftdpp.readers import inside_image
 from ftdpp.recipe import Recipe
 from ftdpp.systems import system_of
@@ -81,7 +83,7 @@ class Score:
     iou: dict[str, dict[str, float | None]]  # head -> class -> IoU; None where there is none
     outside: int  # points that the voxel grid has no room for: not predicted, not in `points`
     absent: list[str]  # classes without a labelled point: they pull the mean down, as released
-    pixels: tuple[int, int] | None = None  # (H, W) of the images whose pixels are the rows
+    pixels: tuple[int, int] | None = None  # (H, W) of the labels, where the rows are pixels
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -113,13 +115,14 @@ def evaluate(
 ) -> Score:
     """Evaluation of every head on all rows: the points that fall into the image, or all pixels.
 
-    Without augmentation, in eval mode. A result of attention over the points of a batch depends a
-    little on the batch: frames go in the index's order, `eval_batch` at a time.
+    Pixels are compared at the size of the labels on disk, as the benchmarks do. Without
+    augmentation, in eval mode. A result of attention over the points of a batch depends a little on
+    the batch: frames go in the index's order, `eval_batch` at a time.
 
     Args:
         checkpoint: what the score says of where the weights come from.
     Raises:
-        DataError: a frame has no labels.
+        DataError: a frame has no labels, or pixels' labels have changed since the index was made.
     """
     require_labels(index)
     r, heads = system.recipe, system.heads
@@ -130,17 +133,19 @@ def evaluate(
     seen = 0
     if progress:
         progress(0, len(index), "evaluating")
+    originals = original_frames(index, range(len(index)))  # lazy: nothing is read for points
     for done, batch in batches_of(index, r, r.eval_batch):
         seen += len(batch.label)
         batch = batch.to(device)
-        for head, probabilities in system.predict(batch).items():
-            matrix = confusion(probabilities.argmax(1), batch.label, len(names))
-            matrices[head] += matrix.cpu()
+        for head, predicted, label in _pairs(system.predict(batch), batch, originals):
+            matrices[head] += confusion(predicted, label, len(names)).cpu()
         if progress:
             progress(done, len(index), "evaluating")
     system.train(was_training)
     result = {head: iou(matrix) for head, matrix in matrices.items()}
-    first = index.frame(0)
+    pixels = None
+    if index.frame(0).xyz is None:
+        pixels = next(original_frames(index, [0])).label.shape
     labelled = matrices[heads[-1]].sum(1).tolist()  # points of each class; equal for every head
     return Score(
         domain=index.identity["domain"],
@@ -158,8 +163,26 @@ def evaluate(
         },
         outside=index.fingerprint["points"] - seen,
         absent=[name for name, points in zip(names, labelled, strict=True) if not points],
-        pixels=None if first.xyz is not None else (first.image.shape[0], first.image.shape[1]),
+        pixels=pixels,
     )
+
+
+def _pairs(
+    probabilities: dict[str, Tensor], batch: Batch, originals: Iterator[Frame]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Head, predicted classes and labels. Of pixels frame by frame, at the size of the labels: the
+    probabilities are enlarged (bilinear), then the class is chosen."""
+    if batch.coords is not None:
+        for head, prob in probabilities.items():
+            yield head, prob.argmax(1), batch.label
+        return
+    for i, frame in enumerate(islice(originals, len(batch.counts))):
+        label = torch.from_numpy(frame.label).to(batch.label)
+        label = label.masked_fill(label == UNLABELLED, IGNORE)
+        for head, prob in probabilities.items():
+            image = prob.split(batch.counts)[i].t().view(1, -1, *batch.image.shape[-2:])
+            enlarged = F.interpolate(image, label.shape, mode="bilinear")
+            yield head, enlarged.argmax(1).flatten(), label.flatten()
 
 
 def predict_frames(

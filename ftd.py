@@ -725,12 +725,12 @@ def _overlays(
     """Pictures of labels (M,) u8, 255 = none, drawn on the original images of an index."""
     from ftdpp import report
     from ftdpp.data import CLASS_SETS
-    from ftdpp.index import original_frame
+    from ftdpp.index import original_frames
     from ftdpp.readers import plural
 
     # Points are drawn on the original image; pixels of a dense data set as they were predicted.
     dense = bool(chosen) and index.frame(chosen[0]).xyz is None
-    pictures = (index.frame(i) if dense else original_frame(index, i) for i in chosen)
+    pictures = map(index.frame, chosen) if dense else original_frames(index, chosen)
     frames = zip(pictures, labels, strict=True)
     made = report.write_overlays(folder, frames, CLASS_SETS[r.classes], title, what)
     wrote = f"wrote {plural(len(made), 'picture')} to {folder}"

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -175,25 +175,35 @@ def require_labels(index: Index) -> None:
         )
 
 
-def original_frame(index: Index, i: int) -> Frame:
-    """Frame i of an index with its image and pixels at the original size, for pictures.
+def original_frames(index: Index, frames: Sequence[int]) -> Iterator[Frame]:
+    """Frames of an index with images, pixels and dense labels at their original size.
 
-    Reads the frame again from the root that the index was made from. Points and labels are those of
+    Reads them again from the root that the index was made from. Points and labels are those of
     `index.frame(i)`. Raises DataError if the data is gone or no longer the same.
     """
-    stored, identity = index.frame(i), index.identity
+    identity = index.identity
     domain, root = domains()[identity["domain"]], identity["root"]
-    (ref,) = list_frames(root, domain, identity["split"], identity["version"], [stored.token])
-    reader = reader_of(domain)
-    table = class_table(reader, identity["classes"], reader.categories(ref))
-    frame, _ = _prepare_frame(ref, table, None)
-    assert frame.xyz is not None and stored.xyz is not None, "a dense frame is kept as it is shown"
-    if not (np.array_equal(frame.xyz, stored.xyz) and np.array_equal(frame.label, stored.label)):
-        raise DataError(
-            f"{root}: frame {stored.token} has changed since {index.path} was prepared; "
-            "prepare the data again"
+    tokens = [index.tokens[i] for i in frames]
+    found = list_frames(root, domain, identity["split"], identity["version"], tokens)
+    refs = {ref.token: ref for ref in found}
+    reader, size = reader_of(domain), identity["size"]
+    for i, token in zip(frames, tokens, strict=True):
+        table = class_table(reader, identity["classes"], reader.categories(refs[token]))
+        frame, _ = _prepare_frame(refs[token], table, None)
+        stored, label = index.frame(i), frame.label
+        if frame.xyz is None and size is not None:
+            label = label[_nearest(label.shape, size)]
+        same_points = (frame.xyz is None and stored.xyz is None) or (
+            frame.xyz is not None
+            and stored.xyz is not None
+            and np.array_equal(frame.xyz, stored.xyz)
         )
-    return frame
+        if not same_points or not np.array_equal(label, stored.label):
+            raise DataError(
+                f"{root}: frame {token} has changed since {index.path} was prepared; "
+                "prepare the data again"
+            )
+        yield frame
 
 
 def resized(
@@ -274,15 +284,18 @@ def _dense_frame(ref: FrameRef, raw: RawFrame, table: Array, size: tuple[int, in
     """A frame whose rows are pixels: image bilinear, labels and depth from the nearest pixel."""
     image, _ = resized(raw.image, np.zeros((0, 2)), size)
     height, width = image.shape[:2]
-    # The centre of a pixel, at the original size.
-    row = ((np.arange(height) + 0.5) * raw.image.height / height).astype(np.int64)
-    col = ((np.arange(width) + 0.5) * raw.image.width / width).astype(np.int64)
-    nearest = np.ix_(row, col)
+    nearest = _nearest((raw.image.height, raw.image.width), (height, width))
     label = np.full((height, width), UNLABELLED, np.uint8)
     if raw.labels is not None:
         label = table[raw.labels[nearest]]
     depth = None if raw.depth is None else raw.depth[nearest].astype(np.float32)
     return Frame(ref.token, image, label, raw.labels is not None, depth=depth)
+
+
+def _nearest(shape: Sequence[int], size: Sequence[int]) -> tuple[Array, ...]:
+    """Of an array of a shape (H, W), the elements under the centres of the pixels of a size."""
+    steps = ((np.arange(n) + 0.5) * full / n for n, full in zip(size, shape, strict=True))
+    return np.ix_(*(step.astype(np.int64) for step in steps))
 
 
 def require_frames(

@@ -297,7 +297,7 @@ def score_table(score: Score, method: str) -> Table:
     )
     rows = "points"
     if score.pixels:
-        rows = f"pixels of images of {score.pixels[0]} x {score.pixels[1]} (H x W)"
+        rows = f"pixels of label images of {score.pixels[0]} x {score.pixels[1]} (H x W)"
     title = (
         f"{method}, {score.checkpoint}, on {score.domain} {score.split}: "
         f"{plural(score.frames, 'frame')}, {score.points:,} labelled {rows}{outside}; "

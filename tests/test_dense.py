@@ -14,6 +14,7 @@ from PIL import Image
 
 from ftdpp import checkpoint, readers, systems
 from ftdpp.data import CLASS_SETS, IGNORE, Augment, DataError, Frame, collate, join, sample
+from ftdpp.evaluate import evaluate
 from ftdpp.index import prepare
 from ftdpp.recipe import RecipeError
 from ftdpp.tests import dense_layouts
@@ -156,6 +157,43 @@ def test_index_of_pixels(roots: dict[str, Path], tmp_path: Path) -> None:
     assert whole.counts().tolist() == counts[:19].tolist()
 
 
+def test_pixels_are_compared_at_the_size_of_the_labels(
+    roots: dict[str, Path], tmp_path: Path
+) -> None:
+    """A network that sees a smaller image is scored on every pixel of the label on disk."""
+    overrides = ["image=12,20", "crop=0,0", "eval_batch=2"]
+    r = systems.recipe("gta5-cityscapes", "source-only", "small", overrides=overrides)
+    system = systems.build(r, seed=3)
+    domain, root = readers.domains()["cityscapes"], tmp_path / "cityscapes"
+    shutil.copytree(roots["cityscapes"], root)
+    whole = prepare(root, domain, "val", r.classes, None, tmp_path)
+    half = prepare(root, domain, "val", r.classes, (12, 20), tmp_path)
+    score = evaluate(system, half, "")
+    matrix = np.zeros((19, 19), np.int64)
+    system.eval()
+    for i in range(len(half)):
+        batch = collate([sample(half.frame(i), None, 0, np.random.default_rng(0))])
+        with torch.no_grad():
+            small = system.predict(batch)["2d"].reshape(12, 20, 19).permute(2, 0, 1).numpy()
+        for row, col in np.ndindex(24, 40):
+            y, x = (np.clip((n + 0.5) / 2 - 0.5, 0, m - 1) for n, m in ((row, 12), (col, 20)))
+            top, left = int(y), int(x)
+            below, right = min(top + 1, 11), min(left + 1, 19)
+            upper = small[:, top, left] * (1 - x % 1) + small[:, top, right] * (x % 1)
+            lower = small[:, below, left] * (1 - x % 1) + small[:, below, right] * (x % 1)
+            label = whole.frame(i).label[row, col]
+            if label != 255:
+                matrix[label, (upper * (1 - y % 1) + lower * (y % 1)).argmax()] += 1
+    assert score.pixels == (24, 40) and score.points == matrix.sum()
+    each = matrix.diagonal() / np.maximum(matrix.sum(0) + matrix.sum(1) - matrix.diagonal(), 1)
+    assert score.miou["2d"] == pytest.approx(each.mean(), abs=1e-3), "but for equal probabilities"
+
+    for path in (root / "gtFine" / "val").rglob("*_labelIds.png"):
+        Image.fromarray(np.zeros((24, 40), np.uint8)).save(path)
+    with pytest.raises(DataError, match="has changed since"):
+        evaluate(system, half, "")
+
+
 def test_the_image_network_reads_its_pixels() -> None:
     """Scores of a row are those of the network at its pixel, also in a crop."""
     r = systems.recipe("gta5-cityscapes", "source-only", "small")
@@ -200,7 +238,7 @@ def test_dense_pairs_train(
     )
     assert result.exit_code == 0, result.output
     assert "cityscapes val" in words(result) and "3D" not in words(result)
-    assert "pixels of images of" in words(result), "the size at which pixels were compared"
+    assert "pixels of label images of 24 x 40" in words(result), "the size that was compared"
     picture = np.asarray(Image.open(next((tmp_path / "o").glob("*.png"))))
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 100
     assert len(CLASS_SETS[meta["recipe"]["classes"]]) == classes

@@ -18,7 +18,7 @@ import ftdpp
 from ftdpp import checkpoint, evaluate, readers, runs, screen
 from ftdpp.data import CLASS_SETS, IGNORE
 from ftdpp.ftd import app
-from ftdpp.index import original_frame
+from ftdpp.index import original_frames
 from ftdpp.readers import list_frames
 from ftdpp.tests.commands import ftd, train_args, words
 
@@ -146,7 +146,7 @@ def test_library_predicts_what_the_evaluation_does(
     system = ftdpp.load(finished)
     source = runs.Origin("singapore", world)
     index = source.index("test", system.recipe, cache)
-    original = original_frame(index, 0)
+    original = next(original_frames(index, [0]))
     ref = list_frames(world, readers.domains()["singapore"], "test")[0]
     # A calibration that puts each point onto its own pixel: this camera's, as one matrix.
     matrix, offset = np.eye(3), np.zeros(3)

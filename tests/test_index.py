@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from ftdpp import index as indexes
-from ftdpp.index import Index, original_frame, prepare, require_labels
+from ftdpp.index import Index, original_frames, prepare, require_labels
 from ftdpp.readers import READERS, DataError, FrameRef, list_frames
 from ftdpp.tests import layouts
 from ftdpp.tests.layouts import CATEGORIES, POINTS, SCENES, SINGAPORE, SKITTI, cut, write
@@ -165,7 +165,7 @@ def test_titles(root: Path) -> None:
 def test_original_frame(root: Path, size: tuple[int, int] | None) -> None:
     index = build(root, size=size)
     for i, ref in enumerate(list_frames(root, SINGAPORE, "train")):
-        stored, original = index.frame(i), original_frame(index, i)
+        stored, original = index.frame(i), next(original_frames(index, [i]))
         raw = READERS[ref.reader].read(ref)
         _, row_col, _ = READERS[ref.reader].project(raw, ref)
         np.testing.assert_array_equal(original.image, np.asarray(raw.image))
@@ -181,14 +181,14 @@ def test_original_frame_of_changed_data(root: Path) -> None:
     content = label.read_bytes()
     label.write_bytes(bytes(POINTS))
     with pytest.raises(DataError, match=r"frame-0001 has changed since .* prepare the data"):
-        original_frame(index, 0)
+        next(original_frames(index, [0]))
     label.write_bytes(content)
     layouts.cloud(9, 5, 1).tofile(root / "samples/LIDAR_TOP/frame-0001.pcd.bin")
     with pytest.raises(DataError, match="frame frame-0001 has changed since"):
-        original_frame(index, 0)
+        next(original_frames(index, [0]))
     shutil.rmtree(root)
     with pytest.raises(DataError, match="there is no such folder"):
-        original_frame(index, 0)
+        next(original_frames(index, [0]))
 
 
 def test_three_at_once_build_it_once(root: Path) -> None:

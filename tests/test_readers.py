@@ -14,7 +14,7 @@ from PIL import Image
 
 from ftdpp import data, index, readers
 from ftdpp.data import CLASS_SETS, IGNORE, Augment, class_table, common_class_sets, sample
-from ftdpp.index import original_frame, prepare, require_labels
+from ftdpp.index import original_frames, prepare, require_labels
 from ftdpp.readers import (
     READERS,
     DataError,
@@ -407,7 +407,7 @@ def test_toy_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert s.image.shape == (3, 40, 60) and set(s.label.tolist()) <= {0, 1, 4, 5, IGNORE}
     batch = data.collate([s, s])
     assert batch.tokens == ["brick/train/0"] * 2
-    assert original_frame(index, 0).image.shape == (120, 200, 3)
+    assert next(original_frames(index, [0])).image.shape == (120, 200, 3)
 
     (root / "camera.txt").touch()  # a table of the data set: the index depends on it
     told: list[str] = []
@@ -441,7 +441,7 @@ def test_real_nuscenes(tmp_path: Path, version: str | None, token: str, points: 
     )
     assert index.tokens == [token] and index.fingerprint["points"] == points
     assert index.frame(0).image.shape == (225, 400, 3) and not index.frame(0).has_label
-    assert original_frame(index, 0).image.shape == (900, 1600, 3)
+    assert next(original_frames(index, [0])).image.shape == (900, 1600, 3)
 
 
 @real
