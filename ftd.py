@@ -68,7 +68,7 @@ SSDA = Annotated[
     bool, typer.Option("--ssda", help="Semi-supervised: some target scenes are labelled.")
 ]
 Pretrained = Annotated[
-    str | None, typer.Option(help="ImageNet weights of ResNet-34: a .pth file, or download.")
+    str | None, typer.Option(help="ImageNet weights of the 2D trunk: a .pth file, or download.")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if there is one.")]
 Workers = Annotated[
@@ -293,7 +293,9 @@ def _tokens(frames: str | None, option: str) -> list[str] | None:
 
 def _imagenet(pretrained: str | None, r: Recipe) -> dict[str, Tensor] | None:
     """The weights that --pretrained names, read before hours of preparing data and not after."""
-    from ftdpp import models
+    import torch
+
+    from ftdpp import models, systems
     from ftdpp.recipe import RecipeError
 
     if not pretrained:
@@ -305,8 +307,10 @@ def _imagenet(pretrained: str | None, r: Recipe) -> dict[str, Tensor] | None:
     if pretrained != "download" and not Path(pretrained).is_file():
         raise RecipeError(f"--pretrained {pretrained}: no such file; or --pretrained download")
     file = None if pretrained == "download" else pretrained
+    with torch.device("meta"):  # shapes alone
+        encoder = systems.build(r).encoders()[0]
     try:
-        return models.imagenet_weights(r.width_2d, file)
+        return models.imagenet_weights(encoder, file)
     except (ValueError, OSError) as error:
         raise RecipeError(f"--pretrained {pretrained}: {error}") from None
 

@@ -8,10 +8,10 @@ Parameter names of the 2D encoder are torchvision's, so its ImageNet weights loa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -20,9 +20,6 @@ from torch import Tensor
 
 from ftdpp import kernels
 from ftdpp.kernels import KernelMap, Pyramid, sparse_conv, voxel_mean, voxel_to_point
-
-RESNET34_URL = "https://download.pytorch.org/models/resnet34-b627a593.pth"
-
 
 # ---- 2D -----------------------------------------------------------------------------------------
 
@@ -57,7 +54,22 @@ def _conv_bn_relu(conv: nn.Module, cout: int) -> nn.Sequential:
     return nn.Sequential(conv, nn.BatchNorm2d(cout), nn.ReLU(inplace=True))
 
 
-class UNet2D(nn.Module):
+def plus(x: Tensor, added: Sequence[Tensor], stage: int) -> Tensor:
+    """A stage's features with what another network adds to it, if it does."""
+    if not added:
+        return x
+    return x + added[stage][..., : x.shape[-2], : x.shape[-1]]
+
+
+class Trunk(nn.Module):
+    """A network of images that can start from ImageNet weights."""
+
+    IMAGENET: ClassVar[tuple[str, str]]  # name and address of these weights
+    BESIDE: ClassVar[tuple[str, ...]]  # how the names of what is not in them begin
+    stages: tuple[int, int, int]  # channels of the encoder at 1/2, 1/4, 1/8 of the image
+
+
+class UNet2D(Trunk):
     """ResNet-34 U-Net at input resolution: (B, 3, H, W) in [0, 1] -> (B, width, H, W).
 
     The encoder is torchvision's ResNet-34 but for the stride of `conv1`, which is 1; `width` 64 is
@@ -65,9 +77,13 @@ class UNet2D(nn.Module):
     cropped back. There is no mean/std normalisation.
     """
 
+    IMAGENET = ("ResNet-34", "https://download.pytorch.org/models/resnet34-b627a593.pth")
+    BESIDE = ("up.", "merge.")  # the decoder
+
     def __init__(self, width: int = 64, dropout: float = 0.4) -> None:
         super().__init__()
         w = width
+        self.stages = (w, 2 * w, 4 * w)
         self.conv1 = nn.Conv2d(3, w, 7, 1, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(w)
         self.layer1 = _stage(w, w, 3, 1)
@@ -91,13 +107,14 @@ class UNet2D(nn.Module):
             for i in range(4)
         )
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor, added: Sequence[Tensor] = ()) -> Tensor:
+        """added: (B, C, h, w) features of the sizes of `stages`, added to the encoder's."""
         h, w = image.shape[-2:]
         x = F.pad(image, (0, -w % 16, 0, -h % 16))
         skips = [F.relu(self.bn1(self.conv1(x)), inplace=True)]  # 1/1
-        skips.append(self.layer1(F.max_pool2d(skips[0], 3, 2, 1)))  # 1/2
-        skips.append(self.layer2(skips[1]))  # 1/4
-        skips.append(self.dropout(self.layer3(skips[2])))  # 1/8
+        skips.append(plus(self.layer1(F.max_pool2d(skips[0], 3, 2, 1)), added, 0))  # 1/2
+        skips.append(plus(self.layer2(skips[1]), added, 1))  # 1/4
+        skips.append(self.dropout(plus(self.layer3(skips[2]), added, 2)))  # 1/8
         x = self.dropout(self.layer4(skips[3]))  # 1/16
         for i in (3, 2, 1, 0):
             x = self.merge[i](torch.cat([skips[i], self.up[i](x)], 1))
@@ -129,34 +146,32 @@ def misfits(found: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> list[str]
     return sorted(names - same)
 
 
-def imagenet_weights(width: int, file: str | Path | None = None) -> dict[str, Tensor]:
-    """torchvision's ResNet-34 weights for the encoder of a `UNet2D`, from `file` or by download.
+def imagenet_weights(encoder: Trunk, file: str | Path | None = None) -> dict[str, Tensor]:
+    """torchvision's ImageNet weights for an image trunk, from `file` or by download.
 
     Raises:
-        ValueError: the file is not such a state dict, or the width is not the paper's.
+        ValueError: the file is not such a state dict, or the trunk's width is not the paper's.
         OSError: it cannot be fetched.
     """
+    name, url = encoder.IMAGENET
     if file is None:
         try:
             state = torch.hub.load_state_dict_from_url(
-                RESNET34_URL, progress=False, map_location="cpu", weights_only=True
+                url, progress=False, map_location="cpu", weights_only=True
             )
         except OSError as error:  # also how a failed download is reported
             raise OSError(
-                f"{RESNET34_URL}: {error}; fetch it by hand and name the file with "
-                "--pretrained FILE"
+                f"{url}: {error}; fetch it by hand and name the file with --pretrained FILE"
             ) from None
     else:
         state = read_pth(file)
-    with torch.device("meta"):  # shapes alone
-        whole = UNet2D(width).state_dict()
-    encoder = {k: v for k, v in whole.items() if not k.startswith(("up.", "merge."))}
-    weights = {k: v for k, v in state.items() if k in encoder} if isinstance(state, dict) else {}
-    bad = misfits(weights, encoder)
+    wanted = {k: v for k, v in encoder.state_dict().items() if not k.startswith(encoder.BESIDE)}
+    weights = {k: v for k, v in state.items() if k in wanted} if isinstance(state, dict) else {}
+    bad = misfits(weights, wanted)
     if bad:
         raise ValueError(
-            f"{file or RESNET34_URL}: not torchvision's ResNet-34 state dict for a trunk of width "
-            f"{width}; {len(bad)} tensors are missing or of another shape, first {bad[0]}"
+            f"{file or url}: not torchvision's {name} state dict for a trunk of this width; "
+            f"{len(bad)} tensors are missing or of another shape, first {bad[0]}"
         )
     return weights
 

@@ -22,6 +22,9 @@ class RecipeError(ValueError):
     """No such scenario, method, preset or setting, or a value that cannot work: a wrong command."""
 
 
+OF_3D = ("width_3d", "lr_3d", "voxels_per_metre")  # settings that only a 3D network reads
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Every number of a run. `ftd recipes` prints them; `--set name=value` overrides one."""

@@ -137,6 +137,13 @@ class System(nn.Module):
         """The networks that ImageNet weights go into."""
         return []
 
+    def camera_network(self) -> dict[str, Tensor]:
+        """The tensors of the network that labels an image alone, named as in `image.Camera`.
+
+        What a method without source data starts from. Raises RecipeError where there is none.
+        """
+        raise RecipeError(f"{self.recipe.method} has no network that sees the image alone")
+
     @classmethod
     def cost(cls, r: Any) -> float:
         """Work of one iteration in forward passes of a frame, for estimates of time."""

@@ -1,10 +1,12 @@
 """An image network alone, on dense data sets: source-only and target-only where there is no LiDAR.
 
-The trunk is FtD++'s camera branch (ResNet-34 U-Net); every labelled pixel is a row of the loss.
+`Camera` is the network: FtD++'s camera branch (ResNet-34 U-Net) or DeepLabV2. Every labelled pixel
+is a row of the loss.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,6 +22,9 @@ from ftdpp.losses import cross_entropy
 from ftdpp.models import UNet2D
 from ftdpp.systems import INIT, Chance, Stream, seed_torch
 from ftdpp.systems import System as Contract
+from ftdpp.systems.deeplab import ASPP, ResNet101
+
+TRUNKS = ("resnet34", "deeplabv2")
 
 
 @dataclass(frozen=True)
@@ -27,19 +32,24 @@ class Recipe(recipe.Recipe):
     """The shared settings, and which domain is labelled."""
 
     supervised: str = "source"  # source, or target (oracle)
+    trunk: str = "resnet34"  # resnet34 (U-Net of FtD++), or deeplabv2 (ResNet-101)
     dropout: float = 0.4  # of the encoder
 
     def rules(self) -> dict[str, bool]:
         return super().rules() | {
             "supervised must be source or target": self.supervised in ("source", "target"),
             "dropout must lie in 0..1": 0 <= self.dropout < 1,
+            f"trunk must be one of {', '.join(TRUNKS)}": self.trunk in TRUNKS,
         }
 
     def lacking(self) -> dict[str, str]:
-        names = ("width_3d", "lr_3d", "voxels_per_metre")
-        return dict.fromkeys(names, "it has no 3D network") | {
+        return dict.fromkeys(recipe.OF_3D, "it has no 3D network") | {
             "supervised": "the method decides it"
         }
+
+    def idle(self) -> dict[str, str]:
+        no_dropout = {} if self.trunk == "resnet34" else {"dropout": "DeepLabV2 has none"}
+        return super().idle() | no_dropout
 
 
 # Ours, after the protocol of the papers that adapt these data sets with crops of 512 x 512.
@@ -54,8 +64,53 @@ _DENSE: dict[str, Any] = {
 }
 
 
+class _Linear(nn.Linear):
+    """A linear layer at each pixel: (B, C, H, W) -> (B, K, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Camera(nn.Module):
+    """Images (B, 3, H, W) in [0, 1] -> scores of the classes at each pixel (B, K, H, W).
+
+    Args:
+        trunk: one of TRUNKS. width: 64 in the papers. bf16: compute the trunk in it, by autocast.
+    """
+
+    def __init__(
+        self, trunk: str, width: int, classes: int, dropout: float = 0.0, bf16: bool = False
+    ) -> None:
+        super().__init__()
+        self.bf16 = bf16
+        self.trunk: UNet2D | ResNet101
+        self.head: ASPP | _Linear
+        if trunk == "deeplabv2":
+            self.trunk = ResNet101(width)
+            self.head = ASPP(self.trunk.width, classes)
+        else:
+            self.trunk = UNet2D(width, dropout)
+            self.head = _Linear(width, classes)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # no stub
+
+    def forward(self, image: Tensor, added: Sequence[Tensor] = ()) -> Tensor:
+        """added: features for the trunk's stages, as in `UNet2D`."""
+        with torch.autocast(image.device.type, torch.bfloat16, enabled=self.bf16):
+            feat = self.trunk(image.contiguous(memory_format=torch.channels_last), added)
+        scores = self.head(feat.to(next(self.head.parameters()).dtype))
+        if scores.shape[-2:] != image.shape[-2:]:
+            scores = F.interpolate(scores, image.shape[-2:], mode="bilinear")
+        return scores
+
+
+def camera_of(r: Any) -> Camera:
+    """The network of a recipe."""
+    classes = len(CLASS_SETS[r.classes])
+    return Camera(r.trunk, r.width_2d, classes, r.dropout, r.precision == "bf16")
+
+
 class System(Contract):
-    """UNet2D and one head; cross-entropy on the labelled domain."""
+    """A `Camera`; cross-entropy on the labelled domain."""
 
     Recipe = Recipe
     heads = ("2d",)
@@ -70,9 +125,7 @@ class System(Contract):
     def __init__(self, r: Any, seed: int = 0, training: bool = True) -> None:
         super().__init__(r, seed, training)
         seed_torch(seed, INIT, 0)
-        self.trunk = UNet2D(r.width_2d, r.dropout)
-        self.trunk.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # no stub
-        self.head = nn.Linear(r.width_2d, len(CLASS_SETS[r.classes]))
+        self.camera = camera_of(r)
 
     @staticmethod
     def streams(r: Any) -> dict[str, Stream]:
@@ -85,13 +138,7 @@ class System(Contract):
 
     def logits(self, batch: Batch) -> Tensor:
         """(N, K) of the batch's rows."""
-        device, bf16 = batch.image.device.type, self.recipe.precision == "bf16"
-        with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            feat = self.trunk(batch.image.contiguous(memory_format=torch.channels_last))
-        feat = feat.to(self.head.weight.dtype)
-        # The head before the lifting: K numbers a pixel to move instead of width_2d.
-        scores = self.head(feat.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return pixel_to_point(scores, batch.batch_index, batch.pixel)
+        return pixel_to_point(self.camera(batch.image), batch.batch_index, batch.pixel)
 
     def forward(self, phase: str, batches: dict[str, Batch], chance: Chance) -> dict[str, Tensor]:
         batch = batches["labelled"]
@@ -102,4 +149,7 @@ class System(Contract):
         return {"2d": F.softmax(self.logits(batch), 1)}
 
     def encoders(self) -> list[nn.Module]:
-        return [self.trunk]
+        return [self.camera.trunk]
+
+    def camera_network(self) -> dict[str, Tensor]:
+        return self.camera.state_dict()

@@ -202,7 +202,7 @@ def test_the_image_network_reads_its_pixels() -> None:
     batch = collate([sample(a_frame(16, 24), None, 0, rng) for _ in range(2)])
     with torch.no_grad():
         found = system.predict(batch)["2d"]
-        maps = system.head(system.trunk(batch.image).permute(0, 2, 3, 1)).softmax(-1)
+        maps = system.camera(batch.image).softmax(1).permute(0, 2, 3, 1)
     assert torch.allclose(found, maps.reshape(-1, 19), atol=1e-5)
 
 

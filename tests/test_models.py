@@ -45,22 +45,22 @@ def test_imagenet_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     state["fc.weight"] = torch.zeros(1000, 512)
     torch.save(state, tmp_path / "resnet34.pth")
     before = net.up[0][0].weight.clone()
-    net.load_state_dict(imagenet_weights(16, tmp_path / "resnet34.pth"), strict=False)
+    net.load_state_dict(imagenet_weights(UNet2D(16), tmp_path / "resnet34.pth"), strict=False)
     assert torch.equal(net.state_dict()["layer3.5.conv2.weight"], state["layer3.5.conv2.weight"])
     assert torch.equal(net.up[0][0].weight, before)
-    with pytest.raises(ValueError, match="width 32"):
-        imagenet_weights(32, tmp_path / "resnet34.pth")
+    with pytest.raises(ValueError, match="this width"):
+        imagenet_weights(UNet2D(32), tmp_path / "resnet34.pth")
     for content in ([1, 2], {"conv1.weight": 3}):
         torch.save(content, tmp_path / "other.pth")
         with pytest.raises(ValueError, match="not torchvision's"):
-            imagenet_weights(16, tmp_path / "other.pth")
+            imagenet_weights(UNet2D(16), tmp_path / "other.pth")
 
     def offline(*_: Any, **__: Any) -> None:
         raise URLError("no network")
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
     with pytest.raises(OSError, match=r"no network.*--pretrained FILE"):
-        imagenet_weights(64)
+        imagenet_weights(UNet2D(64))
 
 
 def test_misfits() -> None:
