@@ -17,7 +17,7 @@ from ftdpp.evaluate import evaluate, write_pseudo_labels
 from ftdpp.files import Progress, replacing
 from ftdpp.index import Index, require_labels
 from ftdpp.readers import domains
-from ftdpp.recipe import RecipeError, given_names, settings_of
+from ftdpp.recipe import RecipeError, given_names, settings, settings_of
 from ftdpp.runs import Places
 from ftdpp.train import Run
 
@@ -30,6 +30,7 @@ class Job(NamedTuple):
     out: Path
     recipe: Any
     given: tuple[str, ...]  # the user's settings that this method reads
+    source: Path | None = None  # the run that a method without source data starts from
 
     @property
     def pseudo(self) -> Path | None:
@@ -45,10 +46,18 @@ class Job(NamedTuple):
         return runs.title(self.recipe, self.given)
 
 
+SOURCE_MODEL = "source-only"  # what methods without source data start from
+
+
+def _source_free(method: str, scenario: str) -> bool:
+    return method in systems.METHODS and systems.system_of(method, scenario).source_free
+
+
 def plan(
     scenario: str, methods: str, seeds: str, preset: str, overrides: Sequence[str], out: Path
 ) -> list[Job]:
-    """The runs of a comparison, in an order in which a first stage comes before its second.
+    """The runs of a comparison, in an order in which a first stage comes before its second, and a
+    source model before the methods that start from it.
 
     A setting goes to the methods that read it.
 
@@ -66,20 +75,31 @@ def plan(
         plain, _, stage = name.partition("+")
         if stage not in ("", "pl"):
             raise RecipeError(f"--methods {name}: expected NAME or NAME+pl")
+        if _source_free(plain, scenario):
+            stages.append((SOURCE_MODEL, False))
         stages += [(plain, False), *([(plain, True)] if stage else [])]
     names, read = given_names(overrides), set()
+    # Settings of some of the methods; what none has is refused by the first recipe.
+    everywhere: set[str] = set()
+    for plain in {name for name, _ in stages} & systems.METHODS.keys():
+        everywhere |= settings(systems.system_of(plain, scenario).Recipe).keys()
     jobs = []
     for seed in numbers:
+        model: Job | None = None  # of this seed
         for plain, second in dict.fromkeys(stages):
-            base = systems.recipe(scenario, plain, preset, second)
-            mine = [
-                text for n, text in zip(names, overrides, strict=True) if n not in base.lacking()
-            ]
-            r = systems.recipe(scenario, plain, preset, second, mine)
+            source = model if _source_free(plain, scenario) else None
+            theirs = source.recipe if source is not None else None
+            base = systems.recipe(scenario, plain, preset, second, (), theirs)
+            unread = base.lacking().keys() | (everywhere - settings(type(base)).keys())
+            mine = [t for n, t in zip(names, overrides, strict=True) if n not in unread]
+            r = systems.recipe(scenario, plain, preset, second, mine, theirs)
             given = settings_of(r, base, given_names(mine))
             read |= set(given_names(mine))
             folder = out / runs.run_name(r, given, seed)
-            jobs.append(Job(plain + ("+pl" if second else ""), seed, folder, r, given))
+            start = source.out if source is not None else None
+            job = Job(plain + ("+pl" if second else ""), seed, folder, r, given, start)
+            model = job if plain == SOURCE_MODEL else model
+            jobs.append(job)
     for name, text in zip(names, overrides, strict=True):
         if name not in read:
             raise RecipeError(f"--set {text}: none of {methods} reads it")
@@ -101,16 +121,24 @@ class Comparison:
         """The split of the figures: test; val where the labels of test are not public."""
         return "test" if "test" in domains()[self.places.origins["tgt"].domain].splits else "val"
 
+    def places_of(self, job: Job) -> Places:
+        return self.places if job.source is None else self.places.without_source()
+
     def open(self, job: Job, pseudo: Path | None) -> tuple[Run, list[runs.Fact]]:
         """The run of a job, resumed where it was begun before, and the decisions about it."""
+        source = None
+        if job.source is not None and (job.source / "best.safetensors").exists():
+            trained, _ = checkpoint.load(job.source / "best.safetensors")
+            source = trained.camera_network()
         run, facts = runs.assemble(
             job.recipe,
             job.seed,
             job.out,
-            self.places,
+            self.places_of(job),
             pseudo=pseudo,
             device=self.device,
-            pretrained=self.pretrained,
+            pretrained=self.pretrained if job.source is None else None,
+            source=source,
             given=job.given,
         )
         if run.val is None:
@@ -164,11 +192,13 @@ class Comparison:
             write_pseudo_labels(job.pseudo, system, index, origin, self.device, progress)
         return job.pseudo
 
-    def _train(self, run: Run, name: str, drive: Callable[[Run, str], None]) -> None:
+    def _train(
+        self, run: Run, places: Places, name: str, drive: Callable[[Run, str], None]
+    ) -> None:
         """Train a run to its end; one that was begun, with as many threads as it was begun with."""
         threads, record = self.threads, runs.read_record(run.out)
         if record is None or not run.iteration:
-            runs.write_record(run, self.places, threads)
+            runs.write_record(run, places, threads)
         else:
             threads = record["threads"]
         torch.set_num_threads(threads)
@@ -187,7 +217,7 @@ class Comparison:
         for job in self.jobs:
             run, _ = self.open(job, self._labels(job, progress))
             if run.iteration < run.recipe.steps or run.owed:
-                self._train(run, f"{job.title}, seed {job.seed}", drive)
+                self._train(run, self.places_of(job), f"{job.title}, seed {job.seed}", drive)
             system, meta = checkpoint.load(run.best_path, self.device)
             origin = f"best.safetensors, iteration {meta['iteration']}"
             score = evaluate(system, self._test(job, progress), origin, self.device, progress)

@@ -311,7 +311,7 @@ def _as_tensors(
         coords=None if coords is None else torch.from_numpy(coords),
         label=torch.from_numpy(wide),
         keep=torch.from_numpy(np.ascontiguousarray(keep)),
-        depth=None if depth is None else torch.from_numpy(np.ascontiguousarray(depth))[None],
+        depth=None if depth is None else torch.from_numpy(depth.copy())[None],
     )
 
 

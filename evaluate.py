@@ -90,7 +90,7 @@ class Score:
 
 
 def batches_of(
-    index: Index, r: Recipe, size: int, frames: range | None = None
+    index: Index, r: Recipe, size: int, frames: range | None = None, depth: bool = False
 ) -> Iterator[tuple[int, Batch]]:
     """The frames of an index in order, `size` at a time, without augmentation.
 
@@ -101,7 +101,9 @@ def batches_of(
     unused = np.random.default_rng(0)  # without augmentation nothing is drawn
     for start in range(0, len(frames), size):
         chosen = frames[start : start + size]
-        samples = [sample(index.frame(i), None, 0, unused, r.voxels_per_metre) for i in chosen]
+        samples = [
+            sample(index.frame(i), None, 0, unused, r.voxels_per_metre, depth) for i in chosen
+        ]
         yield chosen[-1] + 1, collate(samples)
 
 

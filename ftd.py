@@ -340,9 +340,18 @@ def train(
         str | None, typer.Option(help="Labelled source domain, e.g. usa; see the README.")
     ] = None,
     tgt: Annotated[str | None, typer.Option(help="Unlabelled target domain.")] = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", help="Adapt without source data: a trained run, or its checkpoint, and --tgt."
+        ),
+    ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="See: ftd recipes. Default: ftdpp; source-only on dense data sets."),
+        typer.Option(
+            help="See: ftd recipes. Default: ftdpp; source-only on dense data sets; crossmatch "
+            "with --from."
+        ),
     ] = None,
     preset: Preset = None,
     steps: Steps = None,
@@ -388,6 +397,19 @@ def train(
     if resume is not None:
         _resume(context, resume, device, workers, threads, cache, tensorboard)
         return
+    source = None
+    if from_ is not None:
+        if tgt is None:
+            raise _fail("--tgt missing; name the domain to adapt to", USAGE)
+        for option in ("src", "src_data", "src_frames", "ssda", "pseudo", "pretrained"):
+            if context.params[option]:
+                raise _fail(
+                    f"--{option.replace('_', '-')}: a method without source data starts from the "
+                    "run that --from names; drop it",
+                    USAGE,
+                )
+        source = runs.read_source(_checkpoint(from_, "best"), tgt, data or tgt_data)
+        src, src_data = source.domain, tgt_data
     if src is None or tgt is None:
         missing = " and ".join(n for n, v in (("--src", src), ("--tgt", tgt)) if v is None)
         raise _fail(f"{missing} missing; name both domains, or --resume RUN", USAGE)
@@ -402,8 +424,21 @@ def train(
             f"--pseudo {pseudo}: no such file; make one with: ftd pseudo RUN --out {pseudo}", USAGE
         )
     scenario = f"{src}-{tgt}" + ("-ssda" if ssda else "")
+    if source is not None:
+        method = method or "crossmatch"
     method = method or ("source-only" if systems.is_dense(scenario) else "ftdpp")
-    r = systems.recipe(scenario, method, preset, pseudo is not None, overrides)
+    theirs = source.recipe if source is not None else None
+    r = systems.recipe(scenario, method, preset, pseudo is not None, overrides, theirs)
+    needs = systems.system_of(method, scenario).source_free
+    if needs != (source is not None):
+        raise _fail(
+            f"{method} adapts a trained network without its source data; name it with --from RUN "
+            "instead of --src"
+            if needs
+            else f"--from: {method} trains on source data; use --method crossmatch, or name the "
+            "source with --src instead",
+            USAGE,
+        )
     if pseudo is not None:
         protocol.check_pseudo_file(pseudo, r)
     if ssda and tgt_frames:
@@ -412,7 +447,7 @@ def train(
         )
     weights = _imagenet(pretrained, r)
     writer = _board_writer() if tensorboard else None
-    base = systems.recipe(scenario, method, preset, pseudo is not None)
+    base = systems.recipe(scenario, method, preset, pseudo is not None, (), theirs)
     given = recipe.settings_of(r, base, recipe.given_names(overrides))
     out = out or Path("runs") / runs.run_name(r, given, seed)
     if (out / "last.safetensors").exists():
@@ -452,6 +487,8 @@ def train(
         cache=folder,
         built_in=built_in,
     )
+    if source is not None:
+        places = places.without_source()
     with screen.bar(console) as tell:
         run, facts = runs.assemble(
             r,
@@ -462,6 +499,7 @@ def train(
             device=dev,
             workers=workers,
             pretrained=weights,
+            source=source.network if source is not None else None,
             given=given,
             progress=tell,
         )
@@ -477,7 +515,10 @@ def train(
         "threads": thread_choice,
         "cache": (folder, folder_why),
     }
-    _print_choices(console, choices, [method_fact, _weights_fact(pretrained), *facts])
+    start = _weights_fact(pretrained)
+    if source is not None:
+        start = "source model", str(source.path), f"{source.title}; no source frame is read"
+    _print_choices(console, choices, [method_fact, start, *facts])
     _drive(run, console, writer, partial(runs.write_record, run, places, int(thread_choice[0])))
 
 
@@ -524,7 +565,7 @@ def _resume(
         places.origins["tgt"].root = places.origins["val"].root = moved.resolve()
         places.built_in = False
     if places.built_in:
-        src, tgt = (places.origins[side].domain for side in ("src", "tgt"))
+        src, tgt = r.scenario.removesuffix("-ssda").split("-")
         src_root, tgt_root = _world(src, tgt, places.cache, int(thread_choice[0]), console)
         for side, place in places.origins.items():
             place.root = src_root if side == "src" else tgt_root
@@ -539,6 +580,7 @@ def _resume(
             device=dev,
             workers=workers,
             pretrained_digest=meta["pretrained"],
+            source_digest=meta["source"],
             given=given,
             progress=tell,
         )
@@ -817,6 +859,32 @@ def convert(
     target = scenario.split("-")[1]
     screen.messages().print(
         f"wrote {out}; evaluate it with: ftd eval {out} --domain {target} --data ROOT",
+        soft_wrap=True,
+    )
+
+
+@app.command()
+@guarded
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Option(help="File to write, .safetensors.")],
+    checkpoint: Checkpoint = "best",
+) -> None:
+    """Write a checkpoint with the networks that predict, and nothing else: no auxiliary network, no
+    teacher, no optimiser. It evaluates to the same numbers."""
+    from ftdpp import checkpoint as files
+    from ftdpp import screen
+
+    _writable(out)
+    path = _checkpoint(run, checkpoint)
+    system, meta = files.load(path)
+    tensors = {f"system/{name}": tensor for name, tensor in system.state_dict().items()}
+    files.save(out, tensors, meta)
+    count = sum(tensor.numel() for tensor in tensors.values())
+    screen.messages().print(
+        f"wrote {out}: {count:,} numbers, {out.stat().st_size / 2**20:.1f} MiB of "
+        f"{path.stat().st_size / 2**20:.1f}; use it with: ftd eval {out} --domain DOMAIN "
+        "--data ROOT",
         soft_wrap=True,
     )
 

@@ -37,6 +37,29 @@ def kl_divergence(target: Tensor, logits: Tensor) -> Tensor:
     return rows.sum() / max(len(rows), 1)
 
 
+def kl_rows(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) of each row, (N,): sum_c p[n, c] * (log p[n, c] - log q[n, c]).
+
+    Args:
+        p, q: (N, K) probabilities; those of q count as at least 1e-8.
+    """
+    return F.kl_div(q.clamp(min=1e-8).log(), p, reduction="none").sum(1)
+
+
+def trusted_cross_entropy(logits: Tensor, label: Tensor, trust: Tensor) -> Tensor:
+    """Cross-entropy of the points that have a label, each with its own weight.
+
+        sum_n trust[n] * -log softmax(logits_n)[y_n]  /  number of labelled points
+
+    Little trust makes the loss small: it is not divided by the sum of the weights.
+
+    Args:
+        logits: (N, K). label: (N,) int64, -100 = ignore. trust: (N,), no gradient.
+    """
+    rows = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")
+    return (rows * trust.detach()).sum() / (label != IGNORE).sum().clamp(min=1)
+
+
 def log_smoothed_weights(counts: Sequence[int]) -> tuple[float, ...]:
     """Class weights from point counts: w_c = ln(5 N / N_c), divided by the smallest.
 

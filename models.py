@@ -58,7 +58,8 @@ def plus(x: Tensor, added: Sequence[Tensor], stage: int) -> Tensor:
     """A stage's features with what another network adds to it, if it does."""
     if not added:
         return x
-    return x + added[stage][..., : x.shape[-2], : x.shape[-1]]
+    more = added[stage][..., : x.shape[-2], : x.shape[-1]]
+    return x + more.contiguous(memory_format=torch.channels_last)  # the trunks' own layout
 
 
 class Trunk(nn.Module):

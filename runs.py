@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ftdpp import machine, readers, systems
+from ftdpp import checkpoint, machine, readers, systems
 from ftdpp.checkpoint import RunError
 from ftdpp.evaluate import PseudoLabels
 from ftdpp.files import Progress, replacing
@@ -65,6 +65,50 @@ class Places:
     cache: Path  # of the prepared indexes
     built_in: bool = False  # the roots are those of the built-in world
 
+    def without_source(self) -> Places:
+        """The places of a method that reads no source data."""
+        origins = {side: origin for side, origin in self.origins.items() if side != "src"}
+        return dataclasses.replace(self, origins=origins)
+
+
+@dataclass
+class Source:
+    """A trained network from which a method without source data starts."""
+
+    path: Path
+    recipe: Any  # Recipe
+    network: dict[str, Tensor]  # of `System.camera_network`
+    domain: str  # where its labels came from
+    title: str
+
+
+def read_source(path: Path, tgt: str, data: Path | None) -> Source:
+    """The source model of a checkpoint.
+
+    Args:
+        tgt, data: domain and root of the target that it will be adapted to.
+    Raises:
+        RunError: no such checkpoint; it saw labels of the target; or it was trained on a data set
+        on disk and no root of the target is named. RecipeError: it has no network of images.
+    """
+    system, meta = checkpoint.load(path)
+    r = system.recipe
+    pair = dict(zip(("src", "tgt"), r.scenario.removesuffix("-ssda").split("-"), strict=True))
+    sides = {stream.side for stream in system.streams(r).values() if stream.labels} or {"src"}
+    labelled = {pair[side] for side in sides}
+    if tgt in labelled:
+        raise RunError(
+            f"{path}: {r.method} was trained with labels of {tgt}; name a run that was not, or "
+            "another --tgt"
+        )
+    record = read_record(path.parent)
+    if record is not None and not record["built_in"] and data is None:
+        raise RunError(
+            f"{path}: was trained on a data set on disk; name the root of {tgt} with --data"
+        )
+    what = f"{title(r, tuple(meta['given']))}, iteration {meta['iteration']}"
+    return Source(path, r, system.camera_network(), labelled.pop(), what)
+
 
 def title(r: Recipe, given: tuple[str, ...] = ()) -> str:
     """A run in words: its method, the settings that the user chose, its stage."""
@@ -104,6 +148,8 @@ def assemble(
     workers: int | None = None,
     pretrained: dict[str, Tensor] | None = None,
     pretrained_digest: str | None = None,
+    source: dict[str, Tensor] | None = None,
+    source_digest: str | None = None,
     given: tuple[str, ...] = (),
     progress: Progress | None = None,
 ) -> tuple[Run, list[Fact]]:
@@ -111,7 +157,8 @@ def assemble(
 
     Args:
         pseudo: the pseudo-labels of a second stage. pretrained: ImageNet weights; or, of a run that
-        goes on, pretrained_digest: of those that it began with.
+        goes on, pretrained_digest: of those that it began with. source, source_digest: likewise the
+        network that a system without source data starts from.
     Returns:
         the run, and each decision made on the way.
     """
@@ -136,13 +183,19 @@ def assemble(
         workers=(0 if cores <= 4 else min(8, cores // 2)) if workers is None else workers,
         pretrained=pretrained,
         pretrained_digest=pretrained_digest,
+        source=source,
+        source_digest=source_digest,
         given=given,
     )
 
     scenario_reason = "a row of the paper"
-    if not systems.in_paper(r):
+    if run.system.source_free:
+        scenario_reason = "a source model and an unlabelled target; settings of ours"
+    elif not systems.in_paper(r):
         scenario_reason = f"no paper has this pair: default settings, common classes {r.classes}"
     facts = [("scenario", r.scenario, scenario_reason)]
+    if run.system.note:
+        facts.append(("NOTE", r.method, run.system.note))
     for name, stream in streams.items():
         why = "supervised loss" if stream.labels else "adaptation; its labels are never read"
         facts.append(_index_fact(name, indexes[name], places.origins[stream.side], why))

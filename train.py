@@ -27,7 +27,7 @@ from ftdpp import machine, readers, systems
 from ftdpp.checkpoint import FORMAT, RunError, load_state, read_metadata, read_tensors, save
 from ftdpp.checkpoint import stored_recipe as recipe_of
 from ftdpp.data import CLASS_SETS, Augment, Batch, collate, sample
-from ftdpp.evaluate import PseudoLabels, Score, evaluate
+from ftdpp.evaluate import PseudoLabels, Score, batches_of, evaluate
 from ftdpp.files import Progress, replacing
 from ftdpp.index import Index, require_labels
 from ftdpp.losses import log_smoothed_weights
@@ -53,7 +53,8 @@ class _Draw:
         self.index, self.stream, self.recipe, self.seed = index, stream, r, seed
         domain = readers.domains()[index.identity["domain"]]
         self.flip_axis, draw = domain.flip_axis, readers.reader_of(domain).draw
-        self.augment = Augment(crop=r.crop if r.crop != (0, 0) else None, draw=draw)
+        jitter = 0.0 if stream.weak else Augment.jitter
+        self.augment = Augment(crop=r.crop if r.crop != (0, 0) else None, draw=draw, jitter=jitter)
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def batch(self, iteration: int) -> Batch:
@@ -121,6 +122,8 @@ class Run:
     workers: int = 0
     pretrained: dict[str, Tensor] | None = None  # of `models.imagenet_weights`
     pretrained_digest: str | None = None  # of the weights that the run began with
+    source: dict[str, Tensor] | None = None  # the network that a system without source data is of
+    source_digest: str | None = None
     given: tuple[str, ...] = ()  # settings that the user chose, as "name=value"
     progress: Progress | None = None  # told how far a validation is
 
@@ -138,6 +141,9 @@ class Run:
             for encoder in self.system.encoders():
                 found = encoder.load_state_dict(self.pretrained, strict=False)  # no decoder in it
                 assert not found.unexpected_keys, "weights of another network"
+        if self.source is not None:
+            self.source_digest = digest(self.source)
+            self.system.start_from(self.source)
         self.system.to(self.device).train()
         self.optimizers = self.system.optimizers()
         for optimizer in self.optimizers.values():
@@ -209,6 +215,7 @@ class Run:
             "data": {name: index.fingerprint["content"] for name, index in self.indexes.items()},
             "pseudo": self.pseudo.meta["labels"] if self.pseudo else None,
             "pretrained": self.pretrained_digest,
+            "source": self.source_digest,
         }
 
     def save(self, path: Path) -> None:
@@ -241,7 +248,7 @@ class Run:
         """
         path = self.last_path
         meta, mine = read_metadata(path), json.loads(json.dumps(self.metadata()))
-        for key in ("seed", "data", "pseudo", "pretrained"):
+        for key in ("seed", "data", "pseudo", "pretrained", "source"):
             if meta[key] != mine[key]:
                 raise RunError(
                     f"{path}: made with another {key} than this command's; the run began with what "
@@ -307,7 +314,8 @@ def fit(run: Run) -> Iterator[Step | Score]:
     """Train to the end, yielding a `Step` per iteration and a `Score` per validation.
 
     Leaves in `run.out`: `last.safetensors`, `best.safetensors` (by the last head's mIoU on the
-    validation split; without one, the last), `log.csv` and `val.csv`.
+    validation split; without one, the last), `log.csv`, `val.csv` and, of a system that measures
+    itself, `audit.csv`.
 
     Raises:
         NonFiniteLoss: a term is nan or inf. Interrupted: `run.stop` was set; the state is saved.
@@ -393,8 +401,25 @@ def _validate(run: Run, log: _Log, begun: float) -> Score:
             row[f"{head} {name}"] = "" if value is None else f"{value:.6f}"
     log.add(row)
     log.flush()
+    _audit(run)
     run.save(run.last_path)
     return score
+
+
+@torch.no_grad()
+def _audit(run: Run) -> None:
+    """Write what the system measures of itself on the validation split to audit.csv."""
+    assert run.val is not None
+    depth = any(stream.depth for stream in run.streams.values())
+    found = batches_of(run.val, run.recipe, run.recipe.eval_batch, depth=depth)
+    run.system.eval()
+    rows = run.system.audit(batch.to(run.device) for _, batch in found)
+    run.system.train()
+    if rows:
+        log = _Log(run.out / "audit.csv", run.iteration - 1)
+        for row in rows:
+            log.add({"iteration": run.iteration, **row})
+        log.flush()
 
 
 class _Log:

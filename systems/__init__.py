@@ -7,7 +7,7 @@ nothing else. A new method is a module with a subclass of `System` and a row in 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,7 +23,7 @@ from ftdpp.recipe import SMALL, SMALL_CROPPED, Recipe, RecipeError, override, un
 # ---- chance ------------------------------------------------------------------------------------
 
 # What a generator is for; keeps the sequences of random numbers apart.
-ORDER, AUGMENT, COIN, DROPOUT, INIT = range(5)
+ORDER, AUGMENT, COIN, DROPOUT, INIT, VIEW = range(6)
 
 
 def generator(seed: int, *purpose: int) -> np.random.Generator:
@@ -70,6 +70,7 @@ class Stream:
     weights: str = ""  # the setting that holds its class weights, computed where it is empty
     pseudo: bool = False  # whether it receives the pseudo-labels of a first stage
     depth: bool = False  # whether its batches have a depth image
+    weak: bool = False  # whether its images keep their colours
 
 
 class System(nn.Module):
@@ -85,6 +86,9 @@ class System(nn.Module):
     # chooses the best checkpoint
     pseudo_heads: ClassVar[tuple[str, ...]] = ("2d", "3d")  # what `ftd pseudo` stores
     training_only: ClassVar[tuple[str, ...]] = ()  # networks that only training needs
+    source_free: ClassVar[bool] = False  # starts from a trained network instead of source data ...
+    inherited: ClassVar[tuple[str, ...]] = ()  # ... and takes these settings from it
+    note: ClassVar[str] = ""  # what a user has to know of it, said at start-up
 
     # Settings by scenario; for pairs of domains that no row is about; of the preset `small`.
     scenarios: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -121,6 +125,10 @@ class System(nn.Module):
         """
         raise TypeError("a system computes its losses")
 
+    def start_from(self, weights: dict[str, Tensor]) -> None:
+        """Begin as a trained network, of its `camera_network`. For a system without source data."""
+        raise TypeError("a system without source data starts from a network")
+
     def rate(self, iteration: int) -> float:
         """Factor of the learning rates at an iteration, from 0: gamma at each milestone passed."""
         r = self.recipe
@@ -135,6 +143,13 @@ class System(nn.Module):
 
     def encoders(self) -> list[nn.Module]:
         """The networks that ImageNet weights go into."""
+        return []
+
+    def audit(self, batches: Iterator[Batch]) -> list[dict[str, Any]]:
+        """What a system measures of itself on the labelled validation split: rows of audit.csv.
+
+        Called at each validation, in eval mode. Nothing that it finds may enter the training.
+        """
         return []
 
     def camera_network(self) -> dict[str, Tensor]:
@@ -164,6 +179,7 @@ class Method(NamedTuple):
 
 _NO_TEACHER = {"distill_single": 0.0, "distill_fused": 0.0, "student_mix": 1.0}
 _NO_MIMICRY = {"mimic_src": 0.0, "mimic_tgt": 0.0}
+_NO_AUXILIARY = {"auxiliary": False, "depth": "none", "consistency": 0.0}
 _XMUDA = {**_NO_TEACHER, "fusion": False, "ce_3d": 1.0, "pseudo_debias": False}
 
 METHODS: dict[str, Method] = {
@@ -171,6 +187,8 @@ METHODS: dict[str, Method] = {
     "source-only-fusion": Method("ftdpp", {**_NO_TEACHER, **_NO_MIMICRY}),
     "xmuda": Method("family", _XMUDA, semi_supervised=True),
     "ftdpp": Method("ftdpp", semi_supervised=True),
+    "self-training": Method("crossmatch", _NO_AUXILIARY, dense="crossmatch"),
+    "crossmatch": Method("crossmatch", dense="crossmatch"),
     "target-only": Method(
         "family",
         {**_XMUDA, **_NO_MIMICRY, "supervised": "target", "class_weights": ()},
@@ -186,6 +204,7 @@ def recipe(
     preset: str = "paper",
     pseudo: bool = False,
     overrides: Sequence[str] = (),
+    source: Any = None,
 ) -> Any:
     """The recipe of a run: scenario row, method row, preset, second stage, user's overrides.
 
@@ -193,6 +212,7 @@ def recipe(
         scenario: SOURCE-TARGET, with -ssda behind it for semi-supervised adaptation.
         pseudo: second stage, on pseudo-labels.
         overrides: "name=value" strings, parsed to the setting's type; a tuple is written 40,50.
+        source: the recipe of the network that a system without source data starts from.
     Returns:
         an instance of the system's own `Recipe`.
     Raises:
@@ -221,6 +241,8 @@ def recipe(
     values = {**scenario_row, **own}
     if preset == "small":
         values |= {**system.small, **(system.small_crop if "crop" in values else {})}
+    if source is not None:
+        values |= {n: getattr(source, n) for n in system.inherited if hasattr(source, n)}
     if pseudo and not system.second_stage:
         raise RecipeError(f"{method} has no second stage on pseudo-labels; drop --pseudo")
     values |= system.second_stage if pseudo else {}

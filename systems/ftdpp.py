@@ -730,6 +730,16 @@ class System(Contract):
         p2, p3 = F.softmax(logits.main_2d, 1), F.softmax(logits.main_3d, 1)
         return {"2d": p2, "3d": p3, "2d+3d": F.softmax(p2 + p3, 1)}
 
+    def camera_network(self) -> dict[str, Tensor]:
+        """The 2D network without fusion. With it the main head reads the LiDAR too; the mimicry
+        head, which sees the image alone, stands in if it was trained."""
+        r, net = self.recipe, self.student.net_2d
+        if r.fusion and not (r.mimic_src or r.mimic_tgt):
+            return super().camera_network()
+        head = net.mimic if r.fusion else net.main
+        parts = {"trunk": net.trunk, "head": head}
+        return {f"{n}.{k}": t for n, part in parts.items() for k, t in part.state_dict().items()}
+
     def encoders(self) -> list[nn.Module]:
         networks = [self.student, self.teacher]
         return [net.net_2d.trunk for net in networks if net is not None]
