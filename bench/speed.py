@@ -38,7 +38,7 @@ LAUNCHED, IN_GRAPH = "an empty kernel, launched", "an empty kernel, in a CUDA gr
 SOURCE, TARGET = "usa", "singapore"  # domains of the built-in world
 COLUMNS = [
     *("date", "machine", "what", "ms", "a second", "GFLOP/s", "GB/s"),
-    *("kernels", "floor ms", "times floor"),
+    *("kernels", "floor ms", "times floor", "MiB"),
 ]
 Row = dict[str, Any]
 
@@ -50,6 +50,7 @@ class Case(NamedTuple):
     flop: float = 0.0
     moved: float = 0.0  # bytes
     times: int = 1  # how often the call does it
+    memory: int = 0  # bytes that a training step holds
     captured: Callable[[], object] | None = None  # for a CUDA graph: the call that it replays
 
 
@@ -142,6 +143,7 @@ def to_row(
         "kernels": kernel_count.get(name),
         "floor ms": 1e3 * floor if floor else None,
         "times floor": seconds / floor if floor else None,
+        "MiB": case.memory / 2**20 if case.memory else None,
     }
 
 
@@ -390,6 +392,8 @@ def step_cases(root: Path, cache: Path, device: torch.device) -> dict[str, Case]
         ("xmuda", "fp32"),
         ("ftdpp", "fp32"),
         ("ftdpp", "bf16"),
+        ("self-training", "fp32"),
+        ("crossmatch", "fp32"),
     ):
         settings = [f"precision={precision}"]
         r = systems.recipe(f"{SOURCE}-{TARGET}", method, preset, overrides=settings)
@@ -402,11 +406,39 @@ def step_cases(root: Path, cache: Path, device: torch.device) -> dict[str, Case]
         batches = train.Batches(streams, job.recipe, 0, indexes)[0]
         batches = {name: batch.to(device) for name, batch in batches.items()}
         label = f"{preset} preset, batch {r.batch}, {precision}"
-        cases[f"training step, {method}, {label}"] = counted(partial(job.learn, batches))
+        step = counted(partial(job.learn, batches))
+        held = memory(job, batches)
+        cases[f"training step, {method}, {label}"] = step._replace(memory=held)
         if method == "ftdpp":
             parts = network_parts(job.system.student, batches["labelled"])
             cases |= {f"... {what}, {label}": counted(call) for what, call in parts.items()}
     return cases
+
+
+def memory(run: train.Run, batches: dict[str, data.Batch]) -> int:
+    """Bytes that a training step holds at once: weights, buffers, gradients, the optimiser's
+    moments, and what autograd keeps of each phase's forward pass.
+
+    Counted, not measured, so it is the same on every machine; workspaces come on top.
+    """
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()  # alive until backward, so no address repeats
+        return tensor
+
+    chance, largest = systems.Chance(0, 0), 0
+    own = {t.untyped_storage().data_ptr() for t in run.system.state_dict().values()}
+    for phase in run.optimizers:
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            terms = run.system(phase, batches, chance)
+        largest = max(largest, sum(size for place, size in kept.items() if place not in own))
+        del terms
+    held = sum(t.nbytes for t in run.system.state_dict().values())
+    held += 3 * sum(p.nbytes for p in run.system.parameters() if p.requires_grad)
+    return held + largest
 
 
 def network_parts(model: CrossModal, batch: data.Batch) -> dict[str, Callable[[], object]]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from ftdpp import machine
+from ftdpp import machine, systems
 from ftdpp.bench import peers, speed
 from ftdpp.readers import DataError
 from ftdpp.tests.commands import ftd, words
@@ -29,8 +31,8 @@ def test_rows(world: Path, cache: Path, tmp_path: Path) -> None:
     rows = speed.run(world, cache, 1, CPU, (1, 2))
     names = [row["what"] for row in rows]
     assert len(set(names)) == len(names)
-    # Product and copy; two batches and a whole sweep; loading; four steps, the parts of two.
-    assert len(rows) == 2 + 5 * 3 + 1 + 4 + 2 * 3
+    # Product and copy; two batches and a whole sweep; loading; six steps, the parts of two.
+    assert len(rows) == 2 + 5 * 3 + 1 + 6 + 2 * 3
     for row in rows:
         assert row["ms"] > 0
         assert row["a second"] == pytest.approx(1e3 / row["ms"])
@@ -41,6 +43,11 @@ def test_rows(world: Path, cache: Path, tmp_path: Path) -> None:
         if has_floor:
             assert row["times floor"] == pytest.approx(row["ms"] / row["floor ms"])
             assert row["GFLOP/s"] or row["GB/s"]
+    held = {
+        name.split(", ")[1]: row["MiB"] for name, row in zip(names, rows, strict=True) if row["MiB"]
+    }
+    assert held.keys() == {"source-only", "xmuda", "ftdpp", "self-training", "crossmatch"}
+    assert held["crossmatch"] > 1.8 * held["self-training"] > 0, "two streams instead of one"
 
     file = tmp_path / "new" / "cpu.csv"
     for _ in range(2):
@@ -66,6 +73,27 @@ def test_a_file_with_other_columns_is_refused(tmp_path: Path) -> None:
     empty = tmp_path / "empty.csv"
     empty.touch()
     speed.check_columns(empty)
+
+
+def test_memory_of_a_step() -> None:
+    """Weights, gradients, two moments, and what the backward pass needs, counted by hand."""
+
+    class Linear(systems.System):
+        def __init__(self) -> None:
+            super().__init__(None)
+            self.layer = torch.nn.Linear(5, 3, bias=False)
+
+        def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+            return {"all": torch.optim.Adam(self.parameters())}
+
+        def forward(self, phase: str, batches: Any, chance: Any) -> dict[str, torch.Tensor]:
+            return {"loss": self.layer(batches["x"]).square().sum()}
+
+    system = Linear()
+    run = SimpleNamespace(system=system, optimizers=system.optimizers())
+    weights, x, y = 15, 7 * 5, 7 * 3
+    found = speed.memory(run, {"x": torch.rand(7, 5)})  # type: ignore[dict-item]
+    assert found == 4 * (4 * weights + x + y)
 
 
 def test_flop_and_bytes_of_the_network() -> None:

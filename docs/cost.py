@@ -1,0 +1,74 @@
+"""What a training step of CrossMatch costs at the paper preset's size, on paper.
+
+    python docs/cost.py
+
+A step on small crops is counted (FLOP of convolutions and products; bytes of weights, gradients,
+moments and kept activations) and continued to the recipe's size, in proportion to the pixels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ftdpp import systems
+from ftdpp.bench.speed import memory
+from ftdpp.data import Batch, Frame, collate, sample
+
+
+class Job:
+    """As much of a run as counting needs."""
+
+    def __init__(self, system: Any) -> None:
+        self.system, self.optimizers = system.train(), system.optimizers()
+
+
+def random_batch(size: int, frames: int, classes: int) -> Batch:
+    rng = np.random.default_rng(0)
+    made = [
+        Frame(
+            token=str(i),
+            image=rng.integers(0, 256, (size, size, 3), np.uint8),
+            label=rng.integers(0, classes, (size, size)).astype(np.uint8),
+            has_label=True,
+            depth=rng.uniform(1, 50, (size, size)).astype(np.float32),
+        )
+        for i in range(frames)
+    ]
+    return collate([sample(frame, None, 0, rng, depth=True) for frame in made])
+
+
+def count(r: Any, size: int) -> tuple[float, float]:
+    """FLOP and bytes of a step on two crops of a size."""
+    job = Job(systems.build(r))
+    batches = {"target": random_batch(size, 2, 16)}
+    held = memory(job, batches)
+    with FlopCounterMode(display=False) as counter:
+        terms = job.system("all", batches, systems.Chance(0, 0))
+        torch.stack(list(terms.values())).sum().backward()
+    return float(counter.get_total_flops()), float(held)
+
+
+def main() -> None:
+    print(f"{'method':15}{'trunk':12}{'frames':>7}{'crop':>10}{'TFLOP':>8}{'GiB':>7}")
+    for trunk in ("resnet34", "deeplabv2"):
+        model = systems.recipe(
+            "gta5-cityscapes", "source-only", "paper", overrides=[f"trunk={trunk}"]
+        )
+        for method in ("self-training", "crossmatch"):
+            r = systems.recipe("gta5-cityscapes", method, "paper", source=model)
+            (flop, held), (more_flop, more_held) = count(r, 64), count(r, 96)
+            step = 2 * (96**2 - 64**2)  # pixels between the two
+            left = r.batch * r.crop[0] * r.crop[1] - 2 * 64**2
+            flop += (more_flop - flop) * left / step
+            held += (more_held - held) * left / step
+            crop = f"{r.crop[0]}x{r.crop[1]}"
+            row = f"{method:15}{trunk:12}{r.batch:7}{crop:>10}{flop / 1e12:8.1f}{held / 2**30:7.1f}"
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
