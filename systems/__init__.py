@@ -179,7 +179,6 @@ class Method(NamedTuple):
 
 _NO_TEACHER = {"distill_single": 0.0, "distill_fused": 0.0, "student_mix": 1.0}
 _NO_MIMICRY = {"mimic_src": 0.0, "mimic_tgt": 0.0}
-_NO_AUXILIARY = {"auxiliary": False, "depth": "none", "consistency": 0.0}
 _XMUDA = {**_NO_TEACHER, "fusion": False, "ce_3d": 1.0, "pseudo_debias": False}
 
 METHODS: dict[str, Method] = {
@@ -187,7 +186,7 @@ METHODS: dict[str, Method] = {
     "source-only-fusion": Method("ftdpp", {**_NO_TEACHER, **_NO_MIMICRY}),
     "xmuda": Method("family", _XMUDA, semi_supervised=True),
     "ftdpp": Method("ftdpp", semi_supervised=True),
-    "self-training": Method("crossmatch", _NO_AUXILIARY, dense="crossmatch"),
+    "self-training": Method("crossmatch", {"auxiliary": False}, dense="crossmatch"),
     "crossmatch": Method("crossmatch", dense="crossmatch"),
     "target-only": Method(
         "family",
