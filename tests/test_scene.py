@@ -156,12 +156,12 @@ def test_an_azimuth_window_is_a_part_of_the_whole_ring() -> None:
         window = cast.Lidar(
             LIDAR.elevations, 2 * (last - first), 80.0, tuple(np.radians((first, last)))
         )
-        _, far, what = cast._cast_lidar(street, ring, (position, turn))
-        _, near, which = cast._cast_lidar(street, window, (position, turn))
+        full, _ = cast._cast_lidar(street, ring, (position, turn))
+        part, _ = cast._cast_lidar(street, window, (position, turn))
         columns = np.arange(2 * first, 2 * last) % 720
-        whole = far.reshape(32, 720)[:, columns]
-        assert np.isclose(whole, near.reshape(32, -1), rtol=1e-3).mean() > 0.999
-        assert (what.reshape(32, 720)[:, columns] == which.reshape(32, -1)).mean() > 0.995
+        whole = full.distance.reshape(32, 720)[:, columns]
+        assert np.isclose(whole, part.distance.reshape(32, -1), rtol=1e-3).mean() > 0.999
+        assert (full.hit.reshape(32, 720)[:, columns] == part.hit.reshape(32, -1)).mean() > 0.995
 
 
 def test_vehicle_sides_are_lit_evenly() -> None:

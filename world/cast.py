@@ -26,8 +26,6 @@ SHADOW_SHAPE, SHADOW_CELL = (200, 280), 0.3
 
 Grid = tuple[Any, ...]  # x, y, z: arrays, or numbers where all rays share them
 Pose = tuple[Array, Array]  # position (3,) and rotation (3, 3) from a sensor's frame to the scene's
-Hits = tuple[Array, Array]  # of rays (N): the distance, inf for the sky; the index of the primitive
-#                             that is hit, int32, -1 for the ground
 
 
 @dataclass(frozen=True)
@@ -68,9 +66,6 @@ class Picture:
 
 def _f32(*values: Any) -> Array:
     return np.array(values, np.float32)
-
-
-# ---- noise ---------------------------------------------------------------------------------------
 
 
 @cache
@@ -156,93 +151,84 @@ def _foliage(p: Array, origin: Grid, direction: Grid, near: Array, far: Array) -
     return end
 
 
-def _meet(
-    prims: Array, owner: Array, ray: Array, origin: Grid, direction: Array, out: Hits
-) -> None:
-    """Computes the pairs of primitive `owner` (M,) and `ray` (M,); nearer hits enter `out`.
+class Rays:
+    """Rays (N) through a scene, and the nearest of what they met so far.
 
-    direction: (3, N) of all rays.
+    direction: (3, N). distance: (N,), inf for the sky. hit: (N,) int32, the index of the primitive,
+    -1 for the ground.
     """
-    distance, hit = out
-    for kind in (world.BOX, world.CYLINDER, world.ELLIPSOID):
-        pick = np.nonzero(prims["kind"][owner] == kind)[0]
-        who, where = owner[pick], ray[pick]
-        p, course = prims.take(who), direction.take(where, 1)
-        start = tuple(v[where] if np.ndim(v) else v for v in origin)
-        near, far = _span(kind, p, start, tuple(course))
-        best = distance[where]
-        near[(near >= far) | (near >= best) | (far < NEAREST)] = np.inf
-        leaf = np.nonzero((p["texture"] == world.LEAF) & (near < np.inf))[0]
-        if len(leaf):
-            start = tuple(v[leaf] if np.ndim(v) else v for v in start)
-            span = near[leaf], far[leaf]
-            near[leaf] = _foliage(p.take(leaf), start, tuple(course[:, leaf]), *span)
-        good = np.nonzero((near > NEAREST) & (near < best))[0]
-        # The last of several values for a ray stays: the nearest.
-        good = good[np.argsort(-near[good], kind="stable")]
-        distance[where[good]], hit[where[good]] = near[good], who[good]
 
+    def __init__(self, scene: Scene, origin: Grid, direction: Array):
+        self.scene, self.origin, self.direction = scene, origin, direction
+        self.distance = np.full(direction.shape[1], np.inf, np.float32)
+        self.hit = np.full(direction.shape[1], -1, np.int32)
 
-def _meet_ground(scene: Scene, origin: Grid, direction: Array, out: Hits) -> None:
-    """Lets the ground enter `out`: bisects between its highest and its lowest level."""
-    distance, hit = out
-    top, bottom = float(scene.profile_height.max()) + 0.01, -0.01
-    ox, oy, oz = origin
-    first = np.maximum((top - oz) / np.minimum(direction[2], -1e-6), 0)
-    spots = np.nonzero((direction[2] < -1e-4) & (first < distance) & (first < 400))[0]
-    dx, dy, dz = direction[:, spots]
+    def meet(self, owner: Array, ray: Array) -> None:
+        """Computes the pairs of primitive `owner` (M,) and `ray` (M,)."""
+        prims = self.scene.primitives
+        for kind in (world.BOX, world.CYLINDER, world.ELLIPSOID):
+            pick = np.nonzero(prims["kind"][owner] == kind)[0]
+            who, where = owner[pick], ray[pick]
+            p, course = prims.take(who), self.direction.take(where, 1)
+            start = tuple(v[where] if np.ndim(v) else v for v in self.origin)
+            near, far = _span(kind, p, start, tuple(course))
+            best = self.distance[where]
+            near[(near >= far) | (near >= best) | (far < NEAREST)] = np.inf
+            leaf = np.nonzero((p["texture"] == world.LEAF) & (near < np.inf))[0]
+            if len(leaf):
+                start = tuple(v[leaf] if np.ndim(v) else v for v in start)
+                span = near[leaf], far[leaf]
+                near[leaf] = _foliage(p.take(leaf), start, tuple(course[:, leaf]), *span)
+            good = np.nonzero((near > NEAREST) & (near < best))[0]
+            # The last of several values for a ray stays: the nearest.
+            good = good[np.argsort(-near[good], kind="stable")]
+            self.distance[where[good]], self.hit[where[good]] = near[good], who[good]
 
-    low, high = first[spots], (bottom - oz) / dz
-    for _ in range(10):
-        at = (low + high) / 2
-        under = oz + at * dz < scene.ground(ox + at * dx, oy + at * dy)[0]
-        low, high = np.where(under, low, at), np.where(under, at, high)
-    closer = high < distance[spots]
-    distance[spots[closer]], hit[spots[closer]] = high[closer], -1
+    def meet_ground(self) -> None:
+        """Bisects between the highest and the lowest level of the ground."""
+        top, bottom = float(self.scene.profile_height.max()) + 0.01, -0.01
+        (ox, oy, oz), down = self.origin, self.direction[2]
+        first = np.maximum((top - oz) / np.minimum(down, -1e-6), 0)
+        spots = np.nonzero((down < -1e-4) & (first < self.distance) & (first < 400))[0]
+        dx, dy, dz = self.direction[:, spots]
+        low, high = first[spots], (bottom - oz) / dz
+        for _ in range(10):
+            at = (low + high) / 2
+            under = oz + at * dz < self.scene.ground(ox + at * dx, oy + at * dy)[0]
+            low, high = np.where(under, low, at), np.where(under, at, high)
+        closer = high < self.distance[spots]
+        self.distance[spots[closer]], self.hit[spots[closer]] = high[closer], -1
 
+    def meet_all(self, bounds: Array, columns: int, ring: int) -> None:
+        """Lets rays of a grid meet all primitives that they may hit.
 
-def _nothing(rays: int) -> Hits:
-    return np.full(rays, np.inf, np.float32), np.full(rays, -1, np.int32)
-
-
-def cast(scene: Scene, origin: Grid, direction: Array, bounds: Array, ring: int) -> Hits:
-    """What rays with directions (3, H, W) hit. Those from one origin meet the ground, too.
-
-    bounds: (P, 4), first and end row, first and end column of the rays that may hit each primitive.
-    Columns are taken modulo `ring`.
-    """
-    prims, columns = scene.primitives, direction.shape[2]
-    direction = direction.reshape(3, -1)
-    out = _nothing(direction.shape[1])
-    # From near to far: what is hidden is left out early.
-    middle = _f32(*[np.mean(v) for v in origin])
-    radius = np.linalg.norm(prims["half"], axis=1)
-    nearest = np.linalg.norm(prims["center"] - middle, axis=1) - radius
-    order = np.argsort(nearest, kind="stable")
-    order = order[(bounds[order, 1] > bounds[order, 0]) & (bounds[order, 3] > bounds[order, 2])]
-    first_row, end_row, first, end = bounds[order].T
-    wide = end - first
-    area = (end_row - first_row) * wide
-    total = np.cumsum(area)
-    parallel = np.ndim(origin[0]) > 0
-    for group in np.split(np.arange(len(order)), np.nonzero(np.diff(total // CHUNK))[0] + 1):
-        place = np.repeat(group, area[group])  # in `order`, of each pair
-        before = total - area - (total - area)[group[:1]]
-        k = np.arange(len(place)) - np.repeat(before[group], area[group])
-        owner, column = order[place], (first[place] + k % wide[place]) % ring
-        ray = (first_row[place] + k // wide[place]) * columns + np.minimum(column, columns - 1)
-        use = (column < columns) & (parallel | (out[0][ray] > nearest[owner]))
-        _meet(prims, owner[use], ray[use], origin, direction, out)
-    if not parallel:
-        _meet_ground(scene, origin, direction, out)
-    return out
-
-
-# ---- grids of rays -------------------------------------------------------------------------------
+        bounds: (P, 4), first and end row, first and end column of the rays that may hit each
+        primitive. Columns are taken modulo `ring`.
+        """
+        prims = self.scene.primitives
+        # From near to far: what is hidden is left out early.
+        middle = _f32(*[np.mean(v) for v in self.origin])
+        radius = np.linalg.norm(prims["half"], axis=1)
+        nearest = np.linalg.norm(prims["center"] - middle, axis=1) - radius
+        order = np.argsort(nearest, kind="stable")
+        order = order[(bounds[order, 1] > bounds[order, 0]) & (bounds[order, 3] > bounds[order, 2])]
+        first_row, end_row, first, end = bounds[order].T
+        wide = end - first
+        area = (end_row - first_row) * wide
+        total = np.cumsum(area)
+        parallel = np.ndim(self.origin[0]) > 0
+        for group in np.split(np.arange(len(order)), np.nonzero(np.diff(total // CHUNK))[0] + 1):
+            place = np.repeat(group, area[group])  # in `order`, of each pair
+            before = total - area - (total - area)[group[:1]]
+            k = np.arange(len(place)) - np.repeat(before[group], area[group])
+            owner, column = order[place], (first[place] + k % wide[place]) % ring
+            ray = (first_row[place] + k // wide[place]) * columns + np.minimum(column, columns - 1)
+            use = (column < columns) & (parallel | (self.distance[ray] > nearest[owner]))
+            self.meet(owner[use], ray[use])
 
 
 def _bounds(places: list[Array], shape: tuple[int, int]) -> Array:
-    """Bounds (P, 4), see `cast`, from the lowest and highest row and column of the corners."""
+    """Bounds (P, 4), see `Rays`, from the lowest and highest row and column of the corners."""
     cells = np.stack(places, 1)
     cells[:, ::2], cells[:, 1::2] = np.ceil(cells[:, ::2]), np.floor(cells[:, 1::2]) + 1
     return cells.clip(0, np.repeat(shape, 2)).astype(np.int64)
@@ -256,8 +242,8 @@ def _pixel_rays(camera: Camera, rotation: Array, u: Array, v: Array) -> tuple[Ar
     return np.tensordot(_f32(*rotation), local, 1), cosine.astype(np.float32)
 
 
-def _cast_camera(scene: Scene, camera: Camera, pose: Pose) -> tuple[Array, Array, Array, Array]:
-    """A ray through each pixel's centre: direction (3, H * W), cosine, distance, hit (H * W)."""
+def _cast_camera(scene: Scene, camera: Camera, pose: Pose) -> tuple[Rays, Array]:
+    """A ray through each pixel's centre, and its cosine (H, W) to the axis."""
     position, rotation = pose
     shape = camera.height, camera.width
     v, u = np.meshgrid(*[np.arange(n) + 0.5 for n in shape], indexing="ij")
@@ -272,12 +258,14 @@ def _cast_camera(scene: Scene, camera: Camera, pose: Pose) -> tuple[Array, Array
         close = np.where(cut, camera.focal * value / 0.1 + centre, seen)
         high = np.where(ahead, np.maximum(seen, close).max(1) + 0.01, -9)
         ends += [np.minimum(seen, close).min(1) - 0.01, high]
-    hits = cast(scene, tuple(_f32(*position)), direction, _bounds(ends, shape), camera.width)
-    return direction.reshape(3, -1), cosine.ravel(), *hits
+    rays = Rays(scene, tuple(_f32(*position)), direction.reshape(3, -1))
+    rays.meet_all(_bounds(ends, shape), camera.width, camera.width)
+    rays.meet_ground()
+    return rays, cosine
 
 
-def _cast_lidar(scene: Scene, lidar: Lidar, pose: Pose) -> tuple[Array, Array, Array]:
-    """Directions (3, BEAMS * COLUMNS) in the LiDAR's own frame, distance, hit."""
+def _cast_lidar(scene: Scene, lidar: Lidar, pose: Pose) -> tuple[Rays, Array]:
+    """A ray for each beam and column, and its direction (3, N) in the LiDAR's own frame."""
     position, rotation = pose
     elevation, (begin, end) = lidar.elevations, lidar.azimuth
     per_column = (end - begin) / lidar.columns
@@ -296,9 +284,11 @@ def _cast_lidar(scene: Scene, lidar: Lidar, pose: Pose) -> tuple[Array, Array, A
     bounds = np.stack([*rows, *columns], 1)
     bounds[away <= radius] = (0, len(elevation), 0, lidar.columns)
     bounds[far - radius > lidar.max_range] = 0
-    direction, ring = np.tensordot(_f32(*rotation), local, 1), round(2 * np.pi / per_column)
-    hits = cast(scene, tuple(_f32(*position)), direction, bounds.astype(np.int64), ring)
-    return local.reshape(3, -1), *hits
+    direction = np.tensordot(_f32(*rotation), local, 1).reshape(3, -1)
+    rays = Rays(scene, tuple(_f32(*position)), direction)
+    rays.meet_all(bounds.astype(np.int64), lidar.columns, round(2 * np.pi / per_column))
+    rays.meet_ground()
+    return rays, local.reshape(3, -1)
 
 
 # ---- surfaces ------------------------------------------------------------------------------------
@@ -316,7 +306,7 @@ class Surface(NamedTuple):
 
 
 def surface_at(scene: Scene, hit: Array, points: Array) -> Surface:
-    """The surface at points (N, 3) that `cast` found: hit (N,) as it returns."""
+    """The surface at points (N, 3) where rays hit something: hit (N,) as in `Rays`."""
     ground, thing = np.nonzero(hit < 0)[0], np.nonzero(hit >= 0)[0]
     struck = scene.primitives.take(hit[thing])  # far faster than an index
     pairs = zip(_ground(scene, points[ground]), _things(scene, struck, points[thing]), strict=True)
@@ -507,11 +497,12 @@ class Shader:
         cells = [(np.arange(n) + 0.5 - n / 2) * SHADOW_CELL for n in SHADOW_SHAPE]
         grid = _f32(*np.meshgrid(*cells, indexing="ij"))
         origin = self.centre[:, None, None] + np.tensordot(self.axes[:2].T, grid, 1)
-        direction = np.broadcast_to(-self.axes[2][:, None, None], origin.shape)
+        start = origin.reshape(3, -1)
+        rays = Rays(scene, tuple(start), np.broadcast_to(-self.axes[2][:, None], start.shape))
         row, column = self._cells(scene.corners - self.centre)
         ends = [row.min(1), row.max(1), column.min(1), column.max(1)]
-        start, bounds = tuple(origin.reshape(3, -1)), _bounds(ends, SHADOW_SHAPE)
-        self.depth, _ = cast(scene, start, direction, bounds, SHADOW_SHAPE[1])
+        rays.meet_all(_bounds(ends, SHADOW_SHAPE), SHADOW_SHAPE[1], SHADOW_SHAPE[1])
+        self.depth = rays.distance
 
     def _cells(self, offset: Array) -> tuple[Array, Array]:
         """Row and column, as real numbers, of points (..., 3) relative to the shadow's centre."""
@@ -534,12 +525,12 @@ class Shader:
         lit: Array = above * (1 - down) + under * down
         return lit
 
-    def radiance(self, direction: Array, distance: Array, hit: Array) -> tuple[Array, Array]:
-        """Radiance (N, 3) and label (N,) along rays; arguments as `cast` returns them."""
+    def radiance(self, rays: Rays) -> tuple[Array, Array]:
+        """Radiance (N, 3) and label (N,) of what rays of the camera hit."""
         scene, light = self.scene, self.scene.light
-        out, label = _sky(scene, direction), np.full(len(hit), world.SKY, np.uint8)
-        solid = np.nonzero(np.isfinite(distance))[0]
-        direction, distance, hit = direction[solid], distance[solid], hit[solid]
+        out, label = _sky(scene, rays.direction.T), np.full(len(rays.hit), world.SKY, np.uint8)
+        solid = np.nonzero(np.isfinite(rays.distance))[0]
+        direction, distance, hit = rays.direction.T[solid], rays.distance[solid], rays.hit[solid]
         points = self.position + direction * distance[:, None]
         normal, albedo, emission, gloss, _, label[solid] = surface_at(scene, hit, points)
         leafy = label[solid] == world.VEGETATION
@@ -589,29 +580,28 @@ class Shader:
 
 def photo(scene: Scene, camera: Camera, pose: Pose, rng: np.random.Generator) -> Picture:
     """What the camera sees."""
-    shape = camera.height, camera.width
-    direction, cosine, distance, hit = _cast_camera(scene, camera, pose)
+    rays, cosine = _cast_camera(scene, camera, pose)
     shader = Shader(scene, pose)
-    radiance, label = shader.radiance(direction.T, distance, hit)
-    radiance, depth = radiance.reshape(*shape, 3), (distance * cosine).reshape(shape)
-    hits = distance.reshape(shape), hit.reshape(shape)
-    _smooth_edges(shader, camera, pose[1], hits, radiance)
-    return Picture(_develop(scene, radiance, rng), label.reshape(shape), depth)
+    radiance, label = shader.radiance(rays)
+    radiance = radiance.reshape(*cosine.shape, 3)
+    _smooth_edges(shader, rays, camera, pose[1], radiance)
+    depth = rays.distance.reshape(cosine.shape) * cosine
+    return Picture(_develop(scene, radiance, rng), label.reshape(cosine.shape), depth)
 
 
 def _smooth_edges(
-    shader: Shader, camera: Camera, rotation: Array, hits: Hits, radiance: Array
+    shader: Shader, rays: Rays, camera: Camera, rotation: Array, radiance: Array
 ) -> None:
     """Replaces the radiance (H, W, 3) of pixels at edges by the mean of four rays.
 
     These rays can only hit what the pixel's own ray and those of its four neighbours hit.
     """
-    prims, (distance, hit) = shader.scene.primitives, hits
-    sky = np.isinf(distance)
-    leaf = (prims["texture"][hit] == world.LEAF) & (hit >= 0)
+    scene, shape = shader.scene, radiance.shape[:2]
+    sky, hit = np.isinf(rays.distance).reshape(shape), rays.hit.reshape(shape)
+    leaf = (scene.primitives["texture"][hit] == world.LEAF) & (hit >= 0)
     what = np.where(sky, -2, np.where(leaf, -3, hit))
-    film = np.sqrt(radiance[..., 1] * shader.scene.light.exposure)
-    edge = np.zeros(hit.shape, bool)
+    film = np.sqrt(radiance[..., 1] * scene.light.exposure)
+    edge = np.zeros(shape, bool)
     for before, after in ((np.s_[:-1], np.s_[1:]), (np.s_[:, :-1], np.s_[:, 1:])):
         differ = what[before] != what[after]
         differ |= (np.abs(film[before] - film[after]) > 0.12) & ~leaf[before]
@@ -627,14 +617,14 @@ def _smooth_edges(
     new = [(own >= 0) & (own != around[:k]).all(0) for k, own in enumerate(around)]
     which, pixel = np.nonzero(new)
     ray = (pixel[:, None] * 4 + np.arange(4)).ravel()
-    out, origin = _nothing(u.size), tuple(shader.position)
-    _meet(prims, np.repeat(around[which, pixel], 4), ray, origin, direction, out)
-    _meet_ground(shader.scene, origin, direction, out)
+    fine = Rays(scene, rays.origin, direction)
+    fine.meet(np.repeat(around[which, pixel], 4), ray)
+    fine.meet_ground()
     # A ray that slips between all of them goes the way of the pixel's own.
-    lost = np.isinf(out[0]) & np.repeat((around != -2).all(0), 4)
-    for found, own in zip(out, hits, strict=True):
-        found[lost] = np.repeat(own[row, column], 4)[lost]
-    color, _ = shader.radiance(direction.T, *out)
+    lost = np.isinf(fine.distance) & np.repeat((around != -2).all(0), 4)
+    own = np.repeat(row * shape[1] + column, 4)[lost]
+    fine.distance[lost], fine.hit[lost] = rays.distance[own], rays.hit[own]
+    color, _ = shader.radiance(fine)
     # Clipped before averaging: a highlight must not outshine its whole pixel.
     radiance[row, column] = color.clip(0, 4).reshape(-1, 4, 3).mean(1)
 
@@ -654,14 +644,9 @@ def _develop(scene: Scene, radiance: Array, rng: np.random.Generator) -> Array:
     grey = film @ _f32(0.3, 0.6, 0.1)
     film = grey[..., None] + (film - grey[..., None]) * np.float32(light.saturation)
     film = 255 * film * _f32(*light.tint)
-    if light.grain:
-        grain = rng.standard_normal((height, width, 3), np.float32)
-        grain += 0.5 * rng.standard_normal((height, width, 1), np.float32)
-        film = film + light.grain * grain
-    return film.clip(0, 255).astype(np.uint8)
-
-
-# ---- the LiDAR's sweep ---------------------------------------------------------------------------
+    grain = rng.standard_normal((height, width, 3), np.float32)
+    grain += 0.5 * rng.standard_normal((height, width, 1), np.float32)
+    return (film + light.grain * grain).clip(0, 255).astype(np.uint8)
 
 
 def sweep(
@@ -671,13 +656,12 @@ def sweep(
 
     drop: share of returns that are lost. Column by column, as the sensor spins.
     """
-    own, distance, hit = _cast_lidar(scene, lidar, pose)
-    spin = np.arange(len(hit)).reshape(-1, lidar.columns).T.ravel()
-    spin = spin[distance[spin] < lidar.max_range]
-    own, distance, hit, ring = own.T[spin], distance[spin], hit[spin], spin // lidar.columns
+    rays, own = _cast_lidar(scene, lidar, pose)
+    spin = np.arange(len(rays.hit)).reshape(-1, lidar.columns).T.ravel()
+    spin = spin[rays.distance[spin] < lidar.max_range]
+    own, distance, ring, count = own.T[spin], rays.distance[spin], spin // lidar.columns, len(spin)
     direction = own @ _f32(*pose[1]).T
-    count = len(distance)
-    surface = surface_at(scene, hit, _f32(*pose[0]) + direction * distance[:, None])
+    surface = surface_at(scene, rays.hit[spin], _f32(*pose[0]) + direction * distance[:, None])
     label = surface.label
     incidence = np.abs((surface.normal * direction).sum(1)) ** np.float32(0.6)
     speckle = rng.uniform(0.8, 1.2, count)

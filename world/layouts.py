@@ -72,9 +72,6 @@ def shots_of(plan: Plan) -> dict[str, list[Shot]]:
     return out
 
 
-# ---- building ------------------------------------------------------------------------------------
-
-
 def _put(path: Path, content: bytes) -> None:
     with files.replacing(path) as temporary:
         temporary.write_bytes(content)

@@ -87,9 +87,6 @@ class Layout(ABC):
         return photo(scene, self.camera, self.camera_pose(shot, scene), shot.rng())
 
 
-# ---- where the car and its sensors are -----------------------------------------------------------
-
-
 def compose(a: Array, b: Array) -> Array:
     """The product of two quaternions: rotate by b, then by a."""
     vector = a[0] * b[1:] + b[0] * a[1:] + np.cross(a[1:], b[1:])
@@ -122,9 +119,6 @@ def mounted(ego: tuple[Array, Array], position: Array, turn: Array) -> Pose:
     """The pose in the scene of a sensor at `position`, turned by (3, 3) `turn`, on the car."""
     rotation = unit_rotation(ego[1])
     return ego[0] + rotation @ position, rotation @ turn
-
-
-# ---- files ---------------------------------------------------------------------------------------
 
 
 def saved(save: Callable[[io.BytesIO], Any]) -> bytes:

@@ -223,9 +223,6 @@ def _along(
         x += gap * rng.uniform(1 - spread, 1 + spread)
 
 
-# ---- what stands in the street -------------------------------------------------------------------
-
-
 def _assemble(scene: Scene, base: Pose, what: str, stretch: Vector, paint: RGB) -> None:
     """Something of the table `parts`; paint: for the materials that have no colour."""
     for shape, label, at, half, material, *more in TABLES["parts"][what]:
