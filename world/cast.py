@@ -18,7 +18,7 @@ from PIL import Image, ImageFilter
 
 from ftdpp.readers.base import Array
 from ftdpp.world import scene as world
-from ftdpp.world.scene import Scene
+from ftdpp.world.scene import Rng, Scene
 
 NEAREST = 0.05  # distance below which nothing is hit
 CHUNK = 40_000  # pairs of a primitive and a ray that are computed together
@@ -578,7 +578,7 @@ class Shader:
         return total
 
 
-def photo(scene: Scene, camera: Camera, pose: Pose, rng: np.random.Generator) -> Picture:
+def photo(scene: Scene, camera: Camera, pose: Pose, rng: Rng) -> Picture:
     """What the camera sees."""
     rays, cosine = _cast_camera(scene, camera, pose)
     shader = Shader(scene, pose)
@@ -629,7 +629,7 @@ def _smooth_edges(
     radiance[row, column] = color.clip(0, 4).reshape(-1, 4, 3).mean(1)
 
 
-def _develop(scene: Scene, radiance: Array, rng: np.random.Generator) -> Array:
+def _develop(scene: Scene, radiance: Array, rng: Rng) -> Array:
     """The image (H, W, 3) u8 of a camera with the scene's tone."""
     light = scene.light
     height, width, _ = radiance.shape
@@ -649,9 +649,7 @@ def _develop(scene: Scene, radiance: Array, rng: np.random.Generator) -> Array:
     return (film + light.grain * grain).clip(0, 255).astype(np.uint8)
 
 
-def sweep(
-    scene: Scene, lidar: Lidar, pose: Pose, drop: float, rng: np.random.Generator
-) -> tuple[Array, Array]:
+def sweep(scene: Scene, lidar: Lidar, pose: Pose, drop: float, rng: Rng) -> tuple[Array, Array]:
     """Points (N, 5) f32 (x, y, z in the LiDAR's frame, intensity 0-255, ring), labels (N,) u8.
 
     drop: share of returns that are lost. Column by column, as the sensor spins.

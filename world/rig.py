@@ -62,14 +62,9 @@ class Layout(ABC):
 
     def files(self, shot: Shot) -> tuple[str, ...]:
         """The files of a frame, below the root."""
-        words = {
-            "place": shot.place,
-            "stamp": shot.place.replace("_", ""),
-            "part": next(part for part, places in self.parts.items() if shot.place in places),
-            "index": shot.index,
-            "count": shot.index + 1,
-        }
-        return tuple(file.format(**words) for file in self.row["files"])
+        part = next(part for part, places in self.parts.items() if shot.place in places)
+        words = {"part": part, "stamp": shot.place.replace("_", ""), "count": shot.index + 1}
+        return tuple(file.format(**vars(shot), **words) for file in self.row["files"])
 
     @abstractmethod
     def contents(self, shot: Shot) -> Iterator[bytes]:

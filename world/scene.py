@@ -34,6 +34,7 @@ PLAIN, FACADE, GLASS, BANDS, LEAF, LAMP, SLATS, BRICK = range(8)
 
 Vector = Sequence[float]  # x, y, z
 RGB = Sequence[float]
+Rng = np.random.Generator
 Pose = tuple[float, float, float, float]  # x, y, z, yaw
 
 # half: half extents; cos, sin: of the yaw; taper: how far the x and y sides lean inwards, per metre
@@ -85,10 +86,8 @@ class Scene:
         azimuth = rng.uniform(-math.pi, math.pi)
         elevation = math.radians(rng.uniform(*self.light.elevation))
         flat = math.cos(elevation)
-        # A unit vector (3,) towards the sun.
-        self.sun = np.array(
-            (math.cos(azimuth) * flat, math.sin(azimuth) * flat, math.sin(elevation))
-        )
+        ahead, left = math.cos(azimuth) * flat, math.sin(azimuth) * flat
+        self.sun = np.array((ahead, left, math.sin(elevation)))  # unit vector (3,) towards it
         # The cross-section of each side beyond the kerb, (2, PROFILE_CELLS). Cell 0 is the road;
         # side 1 lies at positive y.
         self.profile_height = np.zeros((2, PROFILE_CELLS), np.float32)
@@ -115,7 +114,7 @@ class Scene:
             _roadworks(self, rng)
         _traffic(self, parking, time, rng)
 
-    def _lay_bands(self, side: int, rng: np.random.Generator) -> None:
+    def _lay_bands(self, side: int, rng: Rng) -> None:
         """One of the city's variants of what lies between kerb and buildings."""
         edge = 0.0
         variant = self.city.bands[rng.integers(len(self.city.bands))]
@@ -160,7 +159,7 @@ class Scene:
         cell += PROFILE_CELLS * (across > 0)
         return self.profile_height.ravel()[cell], self.profile_label.ravel()[cell], across, beyond
 
-    def across(self, place: str, side: int, rng: np.random.Generator) -> float:
+    def across(self, place: str, side: int, rng: Rng) -> float:
         """Distance from the kerb of a place that the table `strips` names."""
         (begin, end), setback = self.walk[side], self.setback[side]
         return {
@@ -204,7 +203,7 @@ class Scene:
         self.rows.append((*where, color, reflect, pattern, *codes))
 
 
-def _pick(rng: np.random.Generator, colors: Sequence[RGB], spread: float = 0.12) -> RGB:
+def _pick(rng: Rng, colors: Sequence[RGB], spread: float = 0.12) -> RGB:
     """One of the colours, brighter or darker by up to `spread`."""
     return _scaled(colors[int(rng.integers(len(colors)))], rng.uniform(1 - spread, 1 + spread))
 
@@ -213,9 +212,7 @@ def _scaled(color: RGB, factor: float) -> RGB:
     return [channel * factor for channel in color]
 
 
-def _along(
-    rng: np.random.Generator, reach: tuple[float, float], gap: float, spread: float = 0.3
-) -> Iterator[float]:
+def _along(rng: Rng, reach: Vector, gap: float, spread: float = 0.3) -> Iterator[float]:
     """Positions along the street, `gap` apart on average."""
     x = reach[0] + gap * rng.random()
     while x < reach[1]:
@@ -237,7 +234,7 @@ def _assemble(scene: Scene, base: Pose, what: str, stretch: Vector, paint: RGB) 
                 scene.add(base, shape, label, offset, half, **look)
 
 
-def _thing(scene: Scene, base: Pose, rng: np.random.Generator, what: str) -> None:
+def _thing(scene: Scene, base: Pose, rng: Rng, what: str) -> None:
     """Street furniture."""
     tall = rng.uniform(*TABLES["stretch"][what])
     tone = _pick(rng, scene.city.walls if what == "wall" else TABLES["palettes"]["tones"])
@@ -246,7 +243,7 @@ def _thing(scene: Scene, base: Pose, rng: np.random.Generator, what: str) -> Non
         scene.lamps.append(scene.place(base, (0, 2.2, 6.9)))
 
 
-def _vehicle(scene: Scene, base: Pose, rng: np.random.Generator, parked: bool = False) -> None:
+def _vehicle(scene: Scene, base: Pose, rng: Rng, parked: bool = False) -> None:
     """Something of the city's traffic, with its rider; or something short that is parked."""
     mix = dict(scene.city.mix)
     for long in ("truck", "bus", "tram") if parked else ():
@@ -261,12 +258,12 @@ def _vehicle(scene: Scene, base: Pose, rng: np.random.Generator, parked: bool = 
         _person(scene, base, rng, lean)
 
 
-def _bike(scene: Scene, base: Pose, rng: np.random.Generator) -> None:
+def _bike(scene: Scene, base: Pose, rng: Rng) -> None:
     """A bicycle that leans on a fence."""
     _assemble(scene, base, "bicycle", (1, 1, 1), _pick(rng, scene.city.paint))
 
 
-def _person(scene: Scene, base: Pose, rng: np.random.Generator, riding: float = 0.0) -> None:
+def _person(scene: Scene, base: Pose, rng: Rng, riding: float = 0.0) -> None:
     """Somebody who walks; or who rides, leaning forward by `riding` metres."""
     scale = 0.7 if rng.random() < 0.12 and not riding else rng.uniform(0.93, 1.06)
     palettes, label = TABLES["palettes"], "rider" if riding else "person"
@@ -285,15 +282,13 @@ def _person(scene: Scene, base: Pose, rng: np.random.Generator, riding: float = 
     ball((riding - 0.03, 0, head + 0.05), (0.115, 0.105, 0.12), hair)
 
 
-def _leaves(
-    scene: Scene, base: Pose, at: Vector, half: Vector, rng: np.random.Generator, shape: str
-) -> None:
+def _leaves(scene: Scene, base: Pose, at: Vector, half: Vector, rng: Rng, shape: str) -> None:
     color, offset = _pick(rng, scene.city.leaves, 0.25), rng.random() * 60
     leaves = partial(scene.add, texture="leaf", reflect=0.5, pattern=offset)
     leaves(base, shape, "vegetation", at, half, color)
 
 
-def _tree(scene: Scene, base: Pose, rng: np.random.Generator) -> None:
+def _tree(scene: Scene, base: Pose, rng: Rng) -> None:
     radius, half_height, trunk = (size * rng.uniform(0.8, 1.25) for size in scene.city.crown)
     palm = rng.random() < scene.city.palm
     middle = rng.uniform(2.4, 3.6) if palm else (trunk + half_height) / 2
@@ -305,9 +300,8 @@ def _tree(scene: Scene, base: Pose, rng: np.random.Generator) -> None:
         if palm:
             at, size = (1.0, 0, 2 * middle + 0.1), (1.2, 0.22, 0.32)
         else:
-            out, width, rise = (
-                rng.uniform(*ends) for ends in ((0.4, 0.62), (0.42, 0.62), (0.45, 1.5))
-            )
+            ranges = (0.4, 0.62), (0.42, 0.62), (0.45, 1.5)
+            out, width, rise = (rng.uniform(*ends) for ends in ranges)
             if k == 0:
                 out, width, rise = 0.0, 0.65, 1.2
             at = (radius * out, 0, trunk + half_height * rise)
@@ -315,14 +309,14 @@ def _tree(scene: Scene, base: Pose, rng: np.random.Generator) -> None:
         _leaves(scene, turned, at, size, rng, "ellipsoid")
 
 
-def _bush(scene: Scene, base: Pose, rng: np.random.Generator, hedge: bool = False) -> None:
+def _bush(scene: Scene, base: Pose, rng: Rng, hedge: bool = False) -> None:
     """A bush, or a piece of a hedge."""
     tall = rng.uniform(0.35, 0.8)
     half = (4.0, 0.4, tall) if hedge else (tall * 1.2, tall, tall)
     _leaves(scene, base, (0, 0, tall * 0.9), half, rng, "box" if hedge else "ellipsoid")
 
 
-def _house(scene: Scene, base: Pose, rng: np.random.Generator, grow: float = 1.0) -> None:
+def _house(scene: Scene, base: Pose, rng: Rng, grow: float = 1.0) -> None:
     """A building that faces the street; grow: factor of its height."""
     city = scene.city
     width, depth = rng.uniform(*city.house), rng.uniform(5.0, 9.0)
@@ -359,7 +353,7 @@ BUILDERS: dict[str, Callable[..., None]] = {
 }  # fmt: skip
 
 
-def _line(scene: Scene, side: int, rng: np.random.Generator) -> None:
+def _line(scene: Scene, side: int, rng: Rng) -> None:
     """What the city's strips put along one side of the street."""
     chance, seed = rng.random(), int(rng.integers(1 << 31))
     for what, gap in scene.city.strips:
@@ -379,7 +373,7 @@ def _line(scene: Scene, side: int, rng: np.random.Generator) -> None:
                 build(scene, scene.site(x, across, turn), draw)
 
 
-def _crossing(scene: Scene, rng: np.random.Generator) -> None:
+def _crossing(scene: Scene, rng: Rng) -> None:
     """Traffic lights, a car waiting on each side and people who cross."""
     for sign in (-1, 1):
         x = scene.cross - scene.city.side * sign * (scene.cross_half + 0.8)
@@ -392,7 +386,7 @@ def _crossing(scene: Scene, rng: np.random.Generator) -> None:
             _person(scene, scene.site(x, across, math.pi / 2), rng)
 
 
-def _roadworks(scene: Scene, rng: np.random.Generator) -> None:
+def _roadworks(scene: Scene, rng: Rng) -> None:
     """A row of cones or of barriers along the kerb."""
     sign = scene.city.side * (2 * scene.lanes - 3)
     start, what = rng.uniform(8, 40), "cone" if rng.random() < 0.5 else "barrier"
@@ -401,7 +395,7 @@ def _roadworks(scene: Scene, rng: np.random.Generator) -> None:
         _assemble(scene, base, what, (1, 1, 1), TABLES["palettes"]["barrier"][k % 2])
 
 
-def _traffic(scene: Scene, parking: bool, time: float, rng: np.random.Generator) -> None:
+def _traffic(scene: Scene, parking: bool, time: float, rng: Rng) -> None:
     """Parked cars, then moving ones lane by lane."""
     keep_side = scene.city.side
     for sign in (-1, 1) if parking else ():
