@@ -13,8 +13,7 @@ from ftdpp.world import cast, scene
 CAMERA = cast.Camera(150, 266, 211.0, 136.0, 82.0)
 LIDAR = cast.Lidar(np.radians(np.linspace(-24.0, 10.0, 32)), 900, 80.0)
 PLACES = [(name, city) for name, world in scene.WORLDS.items() for city in world.cities]
-CODE = {name: code for code, name in enumerate(scene.LABELS)}
-TWO_WHEELERS = (CODE["bicycle"], CODE["motorcycle"])
+TWO_WHEELERS = (scene.CODES["bicycle"], scene.CODES["motorcycle"])
 
 
 def placed(street: scene.Scene, x: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -96,7 +95,7 @@ def test_riders_sit_on_two_wheelers() -> None:
     street = scene.Scene("cityscapes", "stuttgart", (1, 1), 0.0, 0.0)
     prims = street.primitives
     bikes = prims["center"][np.isin(prims["label"], TWO_WHEELERS)]
-    riders = prims["center"][prims["label"] == CODE["rider"]]
+    riders = prims["center"][prims["label"] == scene.CODES["rider"]]
     assert len(riders) and len(bikes)
     gap = np.linalg.norm(riders[:, None, :2] - bikes[None, :, :2], axis=2).min(1)
     assert gap.max() < 1.0
@@ -110,7 +109,7 @@ def test_labels_agree_with_geometry(shots: dict) -> None:
             assert np.percentile(np.abs(z[on_road]), 99.5) < 0.12, name
             walk = z[label == scene.SIDEWALK]
             assert not len(walk) or (walk.max() < 0.6 and np.median(walk) > 0.03)
-            assert (z[label == CODE["car"]] < 2.0).all() and z.min() > -0.3
+            assert (z[label == scene.CODES["car"]] < 2.0).all() and z.min() > -0.3
             assert np.percentile(z[label == scene.VEGETATION], 90) > 0.8
             paint = points[label == scene.LANE_MARKING]
             _, ground, _, beyond = street.ground(paint[:, 0], paint[:, 1])
@@ -174,7 +173,7 @@ def test_vehicle_sides_are_lit_evenly() -> None:
         position = np.array([0.0, 0.0, 1.6])
         rotation = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])
         picture = cast.photo(street, CAMERA, (position, rotation), np.random.default_rng(0))
-        side = inside(picture.label) & (picture.label == CODE["truck"])
+        side = inside(picture.label) & (picture.label == scene.CODES["truck"])
         assert side.sum() > 1000 and picture.image[side].std(0).max() < 6
 
 

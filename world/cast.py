@@ -215,12 +215,12 @@ class Rays:
         first_row, end_row, first, end = bounds[order].T
         wide = end - first
         area = (end_row - first_row) * wide
-        total = np.cumsum(area)
+        total = np.cumsum(area)  # of pairs
+        start = total - area
         parallel = np.ndim(self.origin[0]) > 0
         for group in np.split(np.arange(len(order)), np.nonzero(np.diff(total // CHUNK))[0] + 1):
             place = np.repeat(group, area[group])  # in `order`, of each pair
-            before = total - area - (total - area)[group[:1]]
-            k = np.arange(len(place)) - np.repeat(before[group], area[group])
+            k = np.arange(len(place)) + start[group[:1]] - start[place]
             owner, column = order[place], (first[place] + k % wide[place]) % ring
             ray = (first_row[place] + k // wide[place]) * columns + np.minimum(column, columns - 1)
             use = (column < columns) & (parallel | (self.distance[ray] > nearest[owner]))

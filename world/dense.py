@@ -25,7 +25,7 @@ class Cityscapes(rig.Layout):
 
     def contents(self, shot: Shot) -> Iterator[bytes]:
         picture, camera = self.look(shot, shot.scene()), self.camera
-        yield rig.png(self.IDS[picture.label].astype(np.uint8))
+        yield rig.png(self.IDS[picture.label])
         yield rig.png(self._disparity(picture.depth, shot.rng(1)))
         focal = {"fx": camera.focal, "fy": camera.focal}
         intrinsic = {**focal, "u0": camera.centre_u, "v0": camera.centre_v}
@@ -54,7 +54,7 @@ class Gta5(rig.Layout):
         palette = bytearray(768)
         for row in TABLES["labels"].values():
             palette[3 * row[3] : 3 * row[3] + 3] = bytes.fromhex(row[-1])
-        coded = Image.fromarray(self.IDS[picture.label].astype(np.uint8))
+        coded = Image.fromarray(self.IDS[picture.label])
         coded.putpalette(bytes(palette))
         yield rig.png(coded)
         yield rig.png(picture.image)

@@ -51,7 +51,7 @@ class NuScenes(rig.Layout):
         scene, drop = shot.scene(), WORLDS[shot.world].lidar_drop
         points, labels = sweep(scene, LIDAR, _pose(shot, scene, "LIDAR_TOP"), drop, shot.rng(1))
         yield points.tobytes()
-        yield self.IDS[labels].astype(np.uint8).tobytes()
+        yield self.IDS[labels].tobytes()
         image = Image.fromarray(self.look(shot, scene).image)
         yield rig.saved(partial(image.save, format="JPEG", quality=92))
 

@@ -54,7 +54,8 @@ class Layout(ABC):
         self.row = TABLES["layouts"][name]
         self.camera = Camera(*self.row["camera"])
         # Index in LABELS -> the raw id that the data set's reader gives.
-        self.IDS = np.array([ids[self.row["column"]] for ids in TABLES["labels"].values()])
+        ids = [row[self.row["column"]] for row in TABLES["labels"].values()]
+        self.IDS = np.array(ids, np.uint8)
 
     def places(self, world: str, part: str) -> list[tuple[str, str]]:
         """The (city, place) pairs of a part, in the order of use: all cities in each place."""

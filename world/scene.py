@@ -25,12 +25,13 @@ from ftdpp.readers.base import Array
 TABLES: dict[str, Any] = tomllib.loads(Path(__file__).with_name("tables.toml").read_text())
 LABELS = tuple(TABLES["labels"])  # a label is an index into this list
 NOISE, ROAD, LANE_MARKING, PARKING, SIDEWALK, TERRAIN = range(6)
-VEGETATION, SKY = LABELS.index("vegetation"), LABELS.index("sky")
-VEHICLES = [LABELS.index(name) for name in ("car", "van", "truck", "bus", "train")]
 SHAPES = ("box", "cylinder", "ellipsoid")  # a box may have slanted sides; a cylinder stands upright
 BOX, CYLINDER, ELLIPSOID = range(3)
 TEXTURES = ("plain", "facade", "glass", "bands", "leaf", "lamp", "slats", "brick")
 PLAIN, FACADE, GLASS, BANDS, LEAF, LAMP, SLATS, BRICK = range(8)
+CODES = {name: code for names in (LABELS, SHAPES, TEXTURES) for code, name in enumerate(names)}
+VEGETATION, SKY = CODES["vegetation"], CODES["sky"]
+VEHICLES = [CODES[name] for name in ("car", "van", "truck", "bus", "train")]
 
 Vector = Sequence[float]  # x, y, z
 RGB = Sequence[float]
@@ -123,7 +124,7 @@ class Scene:
             cell = 1 + round(start * CELLS_PER_METRE)
             rise = np.minimum(np.arange(PROFILE_CELLS - cell) / CELLS_PER_METRE, 6.0) * slope
             self.profile_height[side, cell:] = level + rise
-            self.profile_label[side, cell:] = LABELS.index(label)
+            self.profile_label[side, cell:] = CODES[label]
             if label == "sidewalk":
                 self.walk[side] = (start, edge)
         self.setback[side] = edge
@@ -199,7 +200,7 @@ class Scene:
     ) -> None:  # fmt: skip
         """Adds a primitive whose centre is at `offset` in the frame of `base`."""
         where = (self.place(base, offset), half, math.cos(base[3]), math.sin(base[3]), taper)
-        codes = (SHAPES.index(shape), LABELS.index(label), TEXTURES.index(texture))
+        codes = (CODES[shape], CODES[label], CODES[texture])
         self.rows.append((*where, color, reflect, pattern, *codes))
 
 
@@ -209,7 +210,7 @@ def _pick(rng: Rng, colors: Sequence[RGB], spread: float = 0.12) -> RGB:
 
 
 def _scaled(color: RGB, factor: float) -> RGB:
-    return [channel * factor for channel in color]
+    return color[0] * factor, color[1] * factor, color[2] * factor
 
 
 def _along(rng: Rng, reach: Vector, gap: float, spread: float = 0.3) -> Iterator[float]:
@@ -220,25 +221,28 @@ def _along(rng: Rng, reach: Vector, gap: float, spread: float = 0.3) -> Iterator
         x += gap * rng.uniform(1 - spread, 1 + spread)
 
 
-def _assemble(scene: Scene, base: Pose, what: str, stretch: Vector, paint: RGB) -> None:
-    """Something of the table `parts`; paint: for the materials that have no colour."""
-    for shape, label, at, half, material, *more in TABLES["parts"][what]:
+def _assemble(
+    scene: Scene, base: Pose, what: str, paint: RGB, along: float = 1.0, tall: float = 1.0
+) -> None:
+    """Something of the table `parts`, stretched in length and height.
+
+    paint: for the materials that have no colour.
+    """
+    for shape, label, (x, y, z), (hx, hy, hz), material, *more in TABLES["parts"][what]:
         twins, taper = more or ("", (0, 0))
         look = {"color": paint, "taper": taper} | TABLES["materials"][material]
-        place = [a * factor for a, factor in zip(at, stretch, strict=True)]
         if not look.pop("rigid", False):
-            half = [h * abs(factor) for h, factor in zip(half, stretch, strict=True)]
-        for x in (1, -1) if "x" in twins else (1,):
-            for y in (1, -1) if "y" in twins else (1,):
-                offset = place[0] * x, place[1] * y, place[2]
-                scene.add(base, shape, label, offset, half, **look)
+            hx, hz = hx * abs(along), hz * tall
+        for ahead in (x * along, -x * along) if "x" in twins else (x * along,):
+            for left in (y, -y) if "y" in twins else (y,):
+                scene.add(base, shape, label, (ahead, left, z * tall), (hx, hy, hz), **look)
 
 
 def _thing(scene: Scene, base: Pose, rng: Rng, what: str) -> None:
     """Street furniture."""
     tall = rng.uniform(*TABLES["stretch"][what])
     tone = _pick(rng, scene.city.walls if what == "wall" else TABLES["palettes"]["tones"])
-    _assemble(scene, base, what, (-scene.city.side, 1, tall), tone)
+    _assemble(scene, base, what, tone, -scene.city.side, tall)
     if what == "lamp":
         scene.lamps.append(scene.place(base, (0, 2.2, 6.9)))
 
@@ -253,14 +257,14 @@ def _vehicle(scene: Scene, base: Pose, rng: Rng, parked: bool = False) -> None:
     lean = {"bicycle": 0.28, "motorcycle": 0.12}.get(kind)
     if lean:
         paint, scale = _pick(rng, scene.city.paint), 1.0
-    _assemble(scene, base, kind, (scale, 1, 1), paint)
+    _assemble(scene, base, kind, paint, scale)
     if lean and not parked:
         _person(scene, base, rng, lean)
 
 
 def _bike(scene: Scene, base: Pose, rng: Rng) -> None:
     """A bicycle that leans on a fence."""
-    _assemble(scene, base, "bicycle", (1, 1, 1), _pick(rng, scene.city.paint))
+    _assemble(scene, base, "bicycle", _pick(rng, scene.city.paint))
 
 
 def _person(scene: Scene, base: Pose, rng: Rng, riding: float = 0.0) -> None:
@@ -300,8 +304,8 @@ def _tree(scene: Scene, base: Pose, rng: Rng) -> None:
         if palm:
             at, size = (1.0, 0, 2 * middle + 0.1), (1.2, 0.22, 0.32)
         else:
-            ranges = (0.4, 0.62), (0.42, 0.62), (0.45, 1.5)
-            out, width, rise = (rng.uniform(*ends) for ends in ranges)
+            draw = rng.uniform
+            out, width, rise = draw(0.4, 0.62), draw(0.42, 0.62), draw(0.45, 1.5)
             if k == 0:
                 out, width, rise = 0.0, 0.65, 1.2
             at = (radius * out, 0, trunk + half_height * rise)
@@ -392,7 +396,7 @@ def _roadworks(scene: Scene, rng: Rng) -> None:
     start, what = rng.uniform(8, 40), "cone" if rng.random() < 0.5 else "barrier"
     for k in range(7):
         base = scene.site(start + k * 2.4, sign * (scene.half - 0.35))
-        _assemble(scene, base, what, (1, 1, 1), TABLES["palettes"]["barrier"][k % 2])
+        _assemble(scene, base, what, TABLES["palettes"]["barrier"][k % 2])
 
 
 def _traffic(scene: Scene, parking: bool, time: float, rng: Rng) -> None:
