@@ -197,22 +197,25 @@ def test_scenes_fall_into_the_official_splits(build: Build) -> None:
 def test_scenes_are_those_of_the_official_splits() -> None:
     """And any beginning of the training scenes in Singapore holds about 30 % labelled ones."""
     every: list[str] = []
-    for world, official, count in (
-        ("usa", None, 117), ("singapore", VAL_SINGAPORE, 122), ("night", VAL_NIGHT, 72),
-    ):  # fmt: skip
-        parts = ("train", "val", "test") if official else ("train",)
+    cases = (
+        ("usa", None, {"train": 117}, 0),
+        ("singapore", VAL_SINGAPORE, {"train": 122, "val": 59, "test": 47}, 46),
+        ("night", VAL_NIGHT, {"train": 72, "val": 15, "test": 14}, 22),
+    )
+    for world, official, sizes, labelled in cases:
         names = {
             part: [name.removeprefix("scene-") for _, name in layouts.NUSCENES.places(world, part)]
-            for part in parts
+            for part in sizes
         }
         every += [name for part in names.values() for name in part]
-        assert len(names["train"]) == count
+        assert {part: len(content) for part, content in names.items()} == sizes
         if official:
             assert set(names["val"]) <= official and set(names["test"]) <= OFFICIAL_VAL
             assert set(names["train"]) <= SSDA_TRAIN
-            labelled = np.cumsum([name in SSDA_LABELLED for name in names["train"]])
-            share = labelled / np.arange(1, count + 1)
-            assert (np.abs(share[9 : count // 2] - 0.3) < 0.06).all()
+            known = np.cumsum([name in SSDA_LABELLED for name in names["train"]])
+            share = known / np.arange(1, len(known) + 1)
+            assert known[-1] == labelled
+            assert (np.abs(share[9 : len(known) // 2] - 0.3) < 0.06).all()
     assert len(set(every)) == len(every)
     first = layouts.NUSCENES.places("day", "train")[:4]
     assert [city for city, _ in first] == ["boston", "singapore"] * 2
