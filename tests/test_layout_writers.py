@@ -15,10 +15,11 @@ from PIL import Image
 
 from ftdpp.data import CLASS_SETS, class_table
 from ftdpp.docs import worlds
-from ftdpp.readers import domains, ids, list_frames, reader_of
+from ftdpp.readers import domains, list_frames, reader_of
 from ftdpp.readers.dense import read_16_bits
-from ftdpp.world import a2d2, dense, layouts, nuscenes, rig, vkitti
-from ftdpp.world.scene import LABELS, WORLDS
+from ftdpp.readers.nuscenes import OFFICIAL_VAL, SSDA_LABELLED, SSDA_TRAIN, VAL_NIGHT, VAL_SINGAPORE
+from ftdpp.world import layouts, points, rig
+from ftdpp.world.scene import LABELS, TABLES, WORLDS
 
 Pair = tuple[str, str]
 Build = Callable[[Pair], Path]
@@ -96,7 +97,7 @@ def test_the_readers_find_the_splits(pair: Pair, build: Build) -> None:
         name = pair[0] if part == "source" else pair[1]
         split = part if part in ("val", "test") else "train"
         (root,) = layouts.roots(build(pair), name)
-        weathers = len(vkitti.WEATHERS) if name == "vkitti" else 1
+        weathers = len(points.WEATHERS) if name == "vkitti" else 1
         assert len(list_frames(root, domains()[name], split)) == count * weathers, part
 
 
@@ -104,7 +105,7 @@ def test_the_readers_find_the_splits(pair: Pair, build: Build) -> None:
 def test_readers_and_rays_agree(name: str, home: Callable[[str], Path]) -> None:
     shots = shots_of(pair_with(name), name)
     found = worlds.survey(home(name), shots, domains()[name])
-    assert found.read == found.written * (len(vkitti.WEATHERS) if name == "vkitti" else 1)
+    assert found.read == found.written * (len(points.WEATHERS) if name == "vkitti" else 1)
     assert found.written == len(shots) > 0
     assert found.rows / found.read > 2_000 and found.compared > 0.3 * found.rows
     assert found.equal > 0.99 * found.compared
@@ -193,12 +194,31 @@ def test_scenes_fall_into_the_official_splits(build: Build) -> None:
     assert ["night" in text.lower() for text in descriptions] == [False, True, True, True]
 
 
-def test_scene_names_are_disjoint() -> None:
-    lists = [names for city in nuscenes.SCENES.values() for names in city.values()]
-    flat = [name for names in lists for name in names]
-    assert len(set(flat)) == len(flat)
-    assert [len(names) for names in lists] == [117, 46, 76, 59, 47, 22, 50, 15, 14]
-    assert set(flat) <= ids("1-1102")
+def test_scenes_are_those_of_the_official_splits() -> None:
+    """And any beginning of the training scenes in Singapore holds about 30 % labelled ones."""
+    every: list[str] = []
+    cases = (
+        ("usa", None, {"train": 117}, 0),
+        ("singapore", VAL_SINGAPORE, {"train": 122, "val": 59, "test": 47}, 46),
+        ("night", VAL_NIGHT, {"train": 72, "val": 15, "test": 14}, 22),
+    )
+    for world, official, sizes, labelled in cases:
+        names = {
+            part: [name.removeprefix("scene-") for _, name in layouts.NUSCENES.places(world, part)]
+            for part in sizes
+        }
+        every += [name for part in names.values() for name in part]
+        assert {part: len(content) for part, content in names.items()} == sizes
+        if official:
+            assert set(names["val"]) <= official and set(names["test"]) <= OFFICIAL_VAL
+            assert set(names["train"]) <= SSDA_TRAIN
+            known = np.cumsum([name in SSDA_LABELLED for name in names["train"]])
+            share = known / np.arange(1, len(known) + 1)
+            assert known[-1] == labelled
+            assert (np.abs(share[9 : len(known) // 2] - 0.3) < 0.06).all()
+    assert len(set(every)) == len(every)
+    first = layouts.NUSCENES.places("day", "train")[:4]
+    assert [city for city, _ in first] == ["boston", "singapore"] * 2
 
 
 def test_frames_of_a_scene_move(build: Build) -> None:
@@ -270,8 +290,8 @@ def test_semantic_kitti(home: Callable[[str], Path]) -> None:
 def test_virtual_kitti(home: Callable[[str], Path]) -> None:
     root = home("vkitti")
     cloud = np.load(root / "vkitti3d_npy/0001/00000.npy")
-    assert cloud.shape == (vkitti.POINTS, 7) and cloud.dtype == np.float32
-    images = [pixels(root / f"vkitti_1.3.1_rgb/0001/{w}/00000.png") for w in vkitti.WEATHERS]
+    assert cloud.shape == (points.POINTS, 7) and cloud.dtype == np.float32
+    images = [pixels(root / f"vkitti_1.3.1_rgb/0001/{w}/00000.png") for w in points.WEATHERS]
     clone = images[0]
     assert clone.shape == (375, 1242, 3) and len(images) == 6
     assert all(np.abs(clone.astype(int) - other).mean() > 5 for other in images[1:])
@@ -285,7 +305,7 @@ def test_virtual_kitti(home: Callable[[str], Path]) -> None:
 
 def test_fog_hides_what_is_far() -> None:
     image = np.full((1, 2, 3), 80, np.uint8)
-    near, far = vkitti.relit(image, np.array([[1.0, np.inf]], np.float32), "fog")[0]
+    near, far = points.relit(image, np.array([[1.0, np.inf]], np.float32), "fog")[0]
     assert near.max() < 90 and far.tolist() == [190, 194, 198]
 
 
@@ -295,16 +315,15 @@ def test_a2d2(home: Callable[[str], Path]) -> None:
     assert refs[0].points_path is not None
     with np.load(refs[0].points_path) as file:
         arrays = dict(file)
-    points, row, col = (arrays[key] for key in ("points", "row", "col"))
-    assert len(points) == len(row) == len(col) > 3_000
+    xyz, row, col = (arrays[key] for key in ("points", "row", "col"))
+    assert len(xyz) == len(row) == len(col) > 3_000
     assert set(arrays["lidar_id"]) == {0, 1, 2}
-    camera = np.array(rig.intrinsic(a2d2.CAMERA))
-    u, v, w = camera @ np.stack([-points[:, 1], -points[:, 2], points[:, 0]])
+    u, v, w = points.CAMERA.matrix @ np.stack([-xyz[:, 1], -xyz[:, 2], xyz[:, 0]])
     np.testing.assert_allclose((v / w, u / w), (row, col), atol=1e-2)
     np.testing.assert_allclose(arrays["depth"], w, rtol=1e-5)
     # The camera's image is distorted: what the reader undistorts is what the camera sees.
     shot = shots_of(pair_with("a2d2"), "a2d2")[0]
-    straight = a2d2.look(shot, shot.scene()).image.astype(float)
+    straight = layouts.LAYOUTS["a2d2"].look(shot, shot.scene()).image.astype(float)
     inner = np.s_[20:-20, 20:-20]
     read = np.asarray(reader_of(domains()["a2d2"]).read(refs[0]).image).astype(float)
     stored = pixels(refs[0].image_path).astype(float)
@@ -312,12 +331,12 @@ def test_a2d2(home: Callable[[str], Path]) -> None:
 
 
 def test_the_lens_is_inverted() -> None:
-    row, col = a2d2._lens()
-    camera = a2d2.CAMERA
+    row, col = points.lens()
+    camera = points.CAMERA
     inside = (row > 0) & (row < camera.height - 1) & (col > 0) & (col < camera.width - 1)
     assert inside.mean() > 0.8
     y, x = (row - camera.centre_v) / camera.focal, (col - camera.centre_u) / camera.focal
-    scale = a2d2.LENS * (1 + a2d2.DISTORTION * (x * x + y * y))
+    scale = points.LENS * (1 + points.DISTORTION * (x * x + y * y))
     back = scale * y + camera.centre_v, scale * x + camera.centre_u
     for found, right in zip(back, np.mgrid[: camera.height, : camera.width], strict=True):
         np.testing.assert_allclose(found[inside], right[inside], atol=1e-3)
@@ -331,7 +350,7 @@ def test_cityscapes(home: Callable[[str], Path]) -> None:
         raw = reader_of(domain).read(ref)
         assert raw.depth is not None and raw.labels is not None
         shot = next(s for s in shots_of(pair_with("gta5"), "cityscapes") if s.place == town)
-        true = dense.CITYSCAPES.look(shot, shot.scene()).depth
+        true = layouts.LAYOUTS["cityscapes"].look(shot, shot.scene()).depth
         known = raw.depth > 0
         assert 0.5 < known.mean() < 0.95 and not known[np.isinf(true)].any()
         error = np.abs(raw.depth / true - 1)[known & (true < 30)]
@@ -348,7 +367,8 @@ def test_gta5(home: Callable[[str], Path]) -> None:
         assert label.mode == "P" and label.size == (480, 264)
         colours = np.asarray(label.convert("RGB"))
         assert (colours[np.asarray(label) == 7] == (128, 64, 128)).all()
-    assert set(dense.IDS.tolist()) - {0} == set(dense.PALETTE)
+    by_id = {row[3]: row[-1] for row in TABLES["labels"].values()}
+    assert {row[3]: row[-1] for row in reversed(TABLES["labels"].values())} == by_id
 
 
 def test_synthia(home: Callable[[str], Path]) -> None:
@@ -357,8 +377,9 @@ def test_synthia(home: Callable[[str], Path]) -> None:
         read_16_bits(base / f"{folder}/0000000.png") for folder in ("GT/LABELS", "Depth/Depth")
     )
     shot = shots_of(pair_with("synthia"), "synthia")[0]
-    picture = dense.SYNTHIA.look(shot, shot.scene())
-    np.testing.assert_array_equal(label, dense.SYNTHIA.IDS[picture.label])
+    layout = layouts.LAYOUTS["synthia"]
+    picture = layout.look(shot, shot.scene())
+    np.testing.assert_array_equal(label, layout.IDS[picture.label])
     sky = label == 1
     assert sky.any() and (depth[sky] == 65535).all()
     np.testing.assert_allclose(depth[~sky] / 100, picture.depth[~sky], atol=0.006)

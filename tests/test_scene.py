@@ -11,9 +11,9 @@ import pytest
 from ftdpp.world import cast, scene
 
 CAMERA = cast.Camera(150, 266, 211.0, 136.0, 82.0)
-LIDAR = cast.Lidar(tuple(np.radians(np.linspace(-24.0, 10.0, 32))), 900, 80.0)
+LIDAR = cast.Lidar(np.radians(np.linspace(-24.0, 10.0, 32)), 900, 80.0)
 PLACES = [(name, city) for name, world in scene.WORLDS.items() for city in world.cities]
-TWO_WHEELERS = (scene.BICYCLE, scene.MOTORCYCLE)
+TWO_WHEELERS = (scene.CODES["bicycle"], scene.CODES["motorcycle"])
 
 
 def placed(street: scene.Scene, x: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -31,13 +31,12 @@ def placed(street: scene.Scene, x: float = 0.0) -> tuple[np.ndarray, np.ndarray,
 
 def shot(name: str, city: str, number: int, camera: cast.Camera = CAMERA) -> tuple[Any, ...]:
     """(scene, picture, points in the scene's frame, their labels) of one frame."""
-    street = scene.build_scene(name, city, (number, 5), 20.0, 1.0)
-    prims = street.primitives
+    street = scene.Scene(name, city, (number, 5), 20.0, 1.0)
     position, rotation, turn = placed(street)
     rng = np.random.default_rng(number)
     above = position + np.array((0, 0, 0.25))
-    points, label = cast.sweep(street, prims, LIDAR, above, turn, 0.05, rng)
-    picture = cast.photo(street, prims, camera, position, rotation, rng)
+    points, label = cast.sweep(street, LIDAR, (above, turn), 0.05, rng)
+    picture = cast.photo(street, camera, (position, rotation), rng)
     points[:, :3] = points[:, :3] @ turn.T + above
     return street, picture, points, label
 
@@ -58,7 +57,7 @@ def test_equal_keys_give_equal_bytes_in_any_process() -> None:
     assert len(set(own)) == 4
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         assert list(pool.map(digest, PLACES[:4])) == own
-    rows = [scene.build_scene("usa", "boston", (key, 0), 0.0, 0.0).rows for key in (0, 1)]
+    rows = [scene.Scene("usa", "boston", (key, 0), 0.0, 0.0).rows for key in (0, 1)]
     assert rows[0] != rows[1]
 
 
@@ -93,10 +92,10 @@ def test_every_world_shows_what_its_data_set_needs(shots: dict) -> None:
 
 
 def test_riders_sit_on_two_wheelers() -> None:
-    street = scene.build_scene("cityscapes", "stuttgart", (1, 1), 0.0, 0.0)
+    street = scene.Scene("cityscapes", "stuttgart", (1, 1), 0.0, 0.0)
     prims = street.primitives
     bikes = prims["center"][np.isin(prims["label"], TWO_WHEELERS)]
-    riders = prims["center"][prims["label"] == scene.RIDER]
+    riders = prims["center"][prims["label"] == scene.CODES["rider"]]
     assert len(riders) and len(bikes)
     gap = np.linalg.norm(riders[:, None, :2] - bikes[None, :, :2], axis=2).min(1)
     assert gap.max() < 1.0
@@ -110,7 +109,7 @@ def test_labels_agree_with_geometry(shots: dict) -> None:
             assert np.percentile(np.abs(z[on_road]), 99.5) < 0.12, name
             walk = z[label == scene.SIDEWALK]
             assert not len(walk) or (walk.max() < 0.6 and np.median(walk) > 0.03)
-            assert (z[label == scene.CAR] < 2.0).all() and z.min() > -0.3
+            assert (z[label == scene.CODES["car"]] < 2.0).all() and z.min() > -0.3
             assert np.percentile(z[label == scene.VEGETATION], 90) > 0.8
             paint = points[label == scene.LANE_MARKING]
             _, ground, _, beyond = street.ground(paint[:, 0], paint[:, 1])
@@ -149,35 +148,32 @@ def test_points_and_pixels_agree(place: tuple[str, str], shots: dict) -> None:
 
 
 def test_an_azimuth_window_is_a_part_of_the_whole_ring() -> None:
-    street = scene.build_scene("a2d2", "ingolstadt", (2, 2), 0.0, 0.0)
-    prims = street.primitives
+    street = scene.Scene("a2d2", "ingolstadt", (2, 2), 0.0, 0.0)
     position, _, turn = placed(street)
     ring = cast.Lidar(LIDAR.elevations, 720, 80.0)
     for first, last in ((-30, 30), (150, 210), (10, 100)):
         window = cast.Lidar(
             LIDAR.elevations, 2 * (last - first), 80.0, tuple(np.radians((first, last)))
         )
-        _, far, what = cast._cast_lidar(street, prims, ring, position, turn)
-        _, near, which = cast._cast_lidar(street, prims, window, position, turn)
+        full, _ = cast._cast_lidar(street, ring, (position, turn))
+        part, _ = cast._cast_lidar(street, window, (position, turn))
         columns = np.arange(2 * first, 2 * last) % 720
-        whole = far.reshape(32, 720)[:, columns]
-        assert np.isclose(whole, near.reshape(32, -1), rtol=1e-3).mean() > 0.999
-        assert (what.reshape(32, 720)[:, columns] == which.reshape(32, -1)).mean() > 0.995
+        whole = full.distance.reshape(32, 720)[:, columns]
+        assert np.isclose(whole, part.distance.reshape(32, -1), rtol=1e-3).mean() > 0.999
+        assert (full.hit.reshape(32, 720)[:, columns] == part.hit.reshape(32, -1)).mean() > 0.995
 
 
 def test_vehicle_sides_are_lit_evenly() -> None:
     """A flat side in the sun has no pattern: a wall must not shade itself."""
-    street = scene.build_scene("vkitti", "virtual", (0, 0), 0.0, 0.0)
+    street = scene.Scene("vkitti", "virtual", (0, 0), 0.0, 0.0)
     street.rows.clear()
-    street.add(
-        (12.0, 0.0, 0.0, 0.0), scene.BOX, scene.TRUCK, (0, 0, 2.0), (0.5, 3.0, 1.9), (0.5, 0.5, 0.5)
-    )
+    street.add((12.0, 0.0, 0.0, 0.0), "box", "truck", (0, 0, 2.0), (0.5, 3.0, 1.9), (0.5, 0.5, 0.5))
     for azimuth in np.linspace(2.2, 4.1, 7):
         street.sun = np.array([np.cos(azimuth) * 0.7, np.sin(azimuth) * 0.7, 0.714])
-        prims, position = street.primitives, np.array([0.0, 0.0, 1.6])
+        position = np.array([0.0, 0.0, 1.6])
         rotation = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])
-        picture = cast.photo(street, prims, CAMERA, position, rotation, np.random.default_rng(0))
-        side = inside(picture.label) & (picture.label == scene.TRUCK)
+        picture = cast.photo(street, CAMERA, (position, rotation), np.random.default_rng(0))
+        side = inside(picture.label) & (picture.label == scene.CODES["truck"])
         assert side.sum() > 1000 and picture.image[side].std(0).max() < 6
 
 

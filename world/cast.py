@@ -4,29 +4,28 @@ Camera, LiDAR and shadow map are three grids of rays through one caster. Therefo
 point hits and what its pixel shows agree.
 
 N counts points or rays, P primitives, H and W a grid's rows and columns. Distances are metres along
-a ray of unit length. A sensor is at `position` (3,) of the scene; `rotation` (3, 3) leads from its
-frame to the scene's. Arrays are float32 where nothing else is said.
+a ray of unit length. Arrays are float32 where nothing else is said.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter
 
 from ftdpp.readers.base import Array
 from ftdpp.world import scene as world
-from ftdpp.world.scene import Scene
+from ftdpp.world.scene import Rng, Scene
 
 NEAREST = 0.05  # distance below which nothing is hit
 CHUNK = 40_000  # pairs of a primitive and a ray that are computed together
 SHADOW_SHAPE, SHADOW_CELL = (200, 280), 0.3
 
-Grid = tuple[Any, Any, Any]  # x, y, z: arrays, or numbers where all rays share them
+Grid = tuple[Any, ...]  # x, y, z: arrays, or numbers where all rays share them
+Pose = tuple[Array, Array]  # position (3,) and rotation (3, 3) from a sensor's frame to the scene's
 
 
 @dataclass(frozen=True)
@@ -39,18 +38,20 @@ class Camera:
     centre_u: float
     centre_v: float
 
+    @property
+    def matrix(self) -> Array:
+        """The (3, 3) matrix from the camera's frame to homogeneous pixels."""
+        return np.array([[self.focal, 0, self.centre_u], [0, self.focal, self.centre_v], [0, 0, 1]])
+
 
 @dataclass(frozen=True)
 class Lidar:
-    """A spinning LiDAR: beams at `elevations`, radians, from low to high.
+    """A spinning LiDAR; angles in radians, azimuth counter-clockwise."""
 
-    azimuth: the first and last angle, radians, counter-clockwise; None: all around.
-    """
-
-    elevations: tuple[float, ...]
+    elevations: Array  # of the beams, from low to high
     columns: int
     max_range: float
-    azimuth: tuple[float, float] | None = None
+    azimuth: tuple[float, float] = (0.0, 2 * np.pi)
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,6 @@ class Picture:
 
 def _f32(*values: Any) -> Array:
     return np.array(values, np.float32)
-
-
-# ---- noise ---------------------------------------------------------------------------------------
 
 
 @cache
@@ -153,110 +151,84 @@ def _foliage(p: Array, origin: Grid, direction: Grid, near: Array, far: Array) -
     return end
 
 
-def _meet(
-    prims: Array, owner: Array, ray: Array, origin: Grid, direction: Array, out: tuple[Array, Array]
-) -> None:
-    """Computes the pairs of primitive `owner` (M,) and `ray` (M,); nearer hits enter `out`.
+class Rays:
+    """Rays (N) through a scene, and the nearest of what they met so far.
 
-    direction: (3, N) of all rays; out: their distance (N,) and the primitive that is hit (N,).
+    direction: (3, N). distance: (N,), inf for the sky. hit: (N,) int32, the index of the primitive,
+    -1 for the ground.
     """
-    distance, hit = out
-    for kind in (world.BOX, world.CYLINDER, world.ELLIPSOID):
-        pick = np.nonzero(prims["kind"][owner] == kind)[0]
-        who, where = owner[pick], ray[pick]
-        p, course = prims.take(who), direction.take(where, 1)
-        start = tuple(v[where] if np.ndim(v) else v for v in origin)
-        near, far = _span(kind, p, start, tuple(course))
-        best = distance[where]
-        near[(near >= far) | (near >= best) | (far < NEAREST)] = np.inf
-        leaf = np.nonzero((p["texture"] == world.LEAF) & (near < np.inf))[0]
-        if len(leaf):
-            start = tuple(v[leaf] if np.ndim(v) else v for v in start)
-            span = near[leaf], far[leaf]
-            near[leaf] = _foliage(p.take(leaf), start, tuple(course[:, leaf]), *span)
-        good = np.nonzero((near > NEAREST) & (near < best))[0]
-        # The last of several values for a ray stays: the nearest.
-        good = good[np.argsort(-near[good], kind="stable")]
-        distance[where[good]], hit[where[good]] = near[good], who[good]
+
+    def __init__(self, scene: Scene, origin: Grid, direction: Array):
+        self.scene, self.origin, self.direction = scene, origin, direction
+        self.distance = np.full(direction.shape[1], np.inf, np.float32)
+        self.hit = np.full(direction.shape[1], -1, np.int32)
+
+    def meet(self, owner: Array, ray: Array) -> None:
+        """Computes the pairs of primitive `owner` (M,) and `ray` (M,)."""
+        prims = self.scene.primitives
+        for kind in (world.BOX, world.CYLINDER, world.ELLIPSOID):
+            pick = np.nonzero(prims["kind"][owner] == kind)[0]
+            who, where = owner[pick], ray[pick]
+            p, course = prims.take(who), self.direction.take(where, 1)
+            start = tuple(v[where] if np.ndim(v) else v for v in self.origin)
+            near, far = _span(kind, p, start, tuple(course))
+            best = self.distance[where]
+            near[(near >= far) | (near >= best) | (far < NEAREST)] = np.inf
+            leaf = np.nonzero((p["texture"] == world.LEAF) & (near < np.inf))[0]
+            if len(leaf):
+                start = tuple(v[leaf] if np.ndim(v) else v for v in start)
+                span = near[leaf], far[leaf]
+                near[leaf] = _foliage(p.take(leaf), start, tuple(course[:, leaf]), *span)
+            good = np.nonzero((near > NEAREST) & (near < best))[0]
+            # The last of several values for a ray stays: the nearest.
+            good = good[np.argsort(-near[good], kind="stable")]
+            self.distance[where[good]], self.hit[where[good]] = near[good], who[good]
+
+    def meet_ground(self) -> None:
+        """Bisects between the highest and the lowest level of the ground."""
+        top, bottom = float(self.scene.profile_height.max()) + 0.01, -0.01
+        (ox, oy, oz), down = self.origin, self.direction[2]
+        first = np.maximum((top - oz) / np.minimum(down, -1e-6), 0)
+        spots = np.nonzero((down < -1e-4) & (first < self.distance) & (first < 400))[0]
+        dx, dy, dz = self.direction[:, spots]
+        low, high = first[spots], (bottom - oz) / dz
+        for _ in range(10):
+            at = (low + high) / 2
+            under = oz + at * dz < self.scene.ground(ox + at * dx, oy + at * dy)[0]
+            low, high = np.where(under, low, at), np.where(under, at, high)
+        closer = high < self.distance[spots]
+        self.distance[spots[closer]], self.hit[spots[closer]] = high[closer], -1
+
+    def meet_all(self, bounds: Array, columns: int, ring: int) -> None:
+        """Lets rays of a grid meet all primitives that they may hit.
+
+        bounds: (P, 4), first and end row, first and end column of the rays that may hit each
+        primitive. Columns are taken modulo `ring`.
+        """
+        prims = self.scene.primitives
+        # From near to far: what is hidden is left out early.
+        middle = _f32(*[np.mean(v) for v in self.origin])
+        radius = np.linalg.norm(prims["half"], axis=1)
+        nearest = np.linalg.norm(prims["center"] - middle, axis=1) - radius
+        order = np.argsort(nearest, kind="stable")
+        order = order[(bounds[order, 1] > bounds[order, 0]) & (bounds[order, 3] > bounds[order, 2])]
+        first_row, end_row, first, end = bounds[order].T
+        wide = end - first
+        area = (end_row - first_row) * wide
+        total = np.cumsum(area)  # of pairs
+        start = total - area
+        parallel = np.ndim(self.origin[0]) > 0
+        for group in np.split(np.arange(len(order)), np.nonzero(np.diff(total // CHUNK))[0] + 1):
+            place = np.repeat(group, area[group])  # in `order`, of each pair
+            k = np.arange(len(place)) + start[group[:1]] - start[place]
+            owner, column = order[place], (first[place] + k % wide[place]) % ring
+            ray = (first_row[place] + k // wide[place]) * columns + np.minimum(column, columns - 1)
+            use = (column < columns) & (parallel | (self.distance[ray] > nearest[owner]))
+            self.meet(owner[use], ray[use])
 
 
-def _meet_ground(scene: Scene, origin: Grid, direction: Array, out: tuple[Array, Array]) -> None:
-    """Lets the ground enter `out`, as `_meet` does, with the index -1.
-
-    Bisects between the highest and the lowest level of the ground.
-    """
-    distance, hit = out
-    top, bottom = float(scene.profile_height.max()) + 0.01, -0.01
-    ox, oy, oz = origin
-    first = np.maximum((top - oz) / np.minimum(direction[2], -1e-6), 0)
-    spots = np.nonzero((direction[2] < -1e-4) & (first < distance) & (first < 400))[0]
-    dx, dy, dz = direction[:, spots]
-
-    low, high = first[spots], (bottom - oz) / dz
-    for _ in range(10):
-        at = (low + high) / 2
-        under = oz + at * dz < scene.ground(ox + at * dx, oy + at * dy)[0]
-        low, high = np.where(under, low, at), np.where(under, at, high)
-    closer = high < distance[spots]
-    distance[spots[closer]], hit[spots[closer]] = high[closer], -1
-
-
-def cast(
-    scene: Scene,
-    prims: Array,
-    origin: Grid,
-    direction: Array,
-    bounds: Callable[[Array], Array],
-    ring: int,
-    ground: bool = True,
-) -> tuple[Array, Array]:
-    """The nearest hit of each ray, on primitives (P,) and, unless that is left out, the ground.
-
-    direction: (3, H, W). bounds: maps the corners of the primitives' bounding boxes (P, 8, 3) to
-    (P, 4): first and end row, first and end column of the rays that may hit each. Columns are taken
-    modulo `ring`.
-
-    Returns the distance (H * W), inf for the sky, and the index of the primitive (H * W) int32, -1
-    for the ground.
-    """
-    _, rows, columns = direction.shape
-    direction = direction.reshape(3, -1)
-    out = np.full(rows * columns, np.inf, np.float32), np.full(rows * columns, -1, np.int32)
-    signs = _f32(*[(a, b, c) for a in (-1, 1) for b in (-1, 1) for c in (-1, 1)])
-    x, y, z = np.moveaxis(prims["half"][:, None] * signs, -1, 0)
-    cos, sin = prims["cos"][:, None], prims["sin"][:, None]
-    corners = np.stack([cos * x - sin * y, sin * x + cos * y, z], -1) + prims["center"][:, None]
-    first_row, end_row, first, end = bounds(corners).T
-
-    # From near to far: what is hidden is left out early.
-    middle = _f32(*[np.mean(v) for v in origin])
-    radius = np.linalg.norm(prims["half"], axis=1)
-    nearest = np.linalg.norm(prims["center"] - middle, axis=1) - radius
-    order = np.argsort(nearest, kind="stable")
-    order = order[(end_row > first_row)[order] & (end > first)[order]]
-    wide = (end - first)[order]
-    area = (end_row - first_row)[order] * wide
-    total = np.cumsum(area)
-    parallel = np.ndim(origin[0]) > 0
-    for group in np.split(np.arange(len(order)), np.nonzero(np.diff(total // CHUNK))[0] + 1):
-        place = np.repeat(group, area[group])
-        k = np.arange(len(place)) - np.repeat(
-            total[group] - area[group] - (total[group[:1]] - area[group[:1]]), area[group]
-        )
-        owner, column = order[place], (first[order[place]] + k % wide[place]) % ring
-        ray = (first_row[owner] + k // wide[place]) * columns + np.minimum(column, columns - 1)
-        use = (column < columns) & (parallel | (out[0][ray] > nearest[owner]))
-        _meet(prims, owner[use], ray[use], origin, direction, out)
-    if ground:
-        _meet_ground(scene, origin, direction, out)
-    return out
-
-
-# ---- grids of rays -------------------------------------------------------------------------------
-
-
-def _bounds(places: list[Array], shape: tuple[int, ...]) -> Array:
-    """Bounds (P, 4), see `cast`, from the lowest and highest row and column of the corners."""
+def _bounds(places: list[Array], shape: tuple[int, int]) -> Array:
+    """Bounds (P, 4), see `Rays`, from the lowest and highest row and column of the corners."""
     cells = np.stack(places, 1)
     cells[:, ::2], cells[:, 1::2] = np.ceil(cells[:, ::2]), np.floor(cells[:, 1::2]) + 1
     return cells.clip(0, np.repeat(shape, 2)).astype(np.int64)
@@ -270,113 +242,59 @@ def _pixel_rays(camera: Camera, rotation: Array, u: Array, v: Array) -> tuple[Ar
     return np.tensordot(_f32(*rotation), local, 1), cosine.astype(np.float32)
 
 
-def _cast_camera(
-    scene: Scene, prims: Array, camera: Camera, position: Array, rotation: Array
-) -> tuple[Array, Array, Array, Array]:
-    """A ray through each pixel's centre: direction (3, H * W), cosine, distance, hit (H * W)."""
+def _cast_camera(scene: Scene, camera: Camera, pose: Pose) -> tuple[Rays, Array]:
+    """A ray through each pixel's centre, and its cosine (H, W) to the axis."""
+    position, rotation = pose
     shape = camera.height, camera.width
     v, u = np.meshgrid(*[np.arange(n) + 0.5 for n in shape], indexing="ij")
     direction, cosine = _pixel_rays(camera, rotation, u, v)
-
-    def bounds(corners: Array) -> Array:
-        x, y, z = np.moveaxis((corners - position) @ rotation, -1, 0)
-        # Of a primitive that the image plane cuts, all corners count as if on a plane close by:
-        # that bounds what is cut off.
-        ahead, cut = z.max(1) > 0.1, (z.min(1) < 0.1)[:, None]
-        ends: list[Array] = []
-        for value, centre in ((y, camera.centre_v), (x, camera.centre_u)):
-            seen = camera.focal * value / np.maximum(z, 0.1) + centre - 0.5
-            close = np.where(cut, camera.focal * value / 0.1 + centre, seen)
-            high = np.where(ahead, np.maximum(seen, close).max(1) + 0.01, -9)
-            ends += [np.minimum(seen, close).min(1) - 0.01, high]
-        return _bounds(ends, shape)
-
-    found = cast(scene, prims, tuple(_f32(*position)), direction, bounds, camera.width)
-    return direction.reshape(3, -1), cosine.ravel(), *found
+    x, y, z = np.moveaxis((scene.corners - position) @ rotation, -1, 0)
+    # Of a primitive that the image plane cuts, all corners count as if on a plane close by: that
+    # bounds what is cut off.
+    ahead, cut = z.max(1) > 0.1, (z.min(1) < 0.1)[:, None]
+    ends: list[Array] = []
+    for value, centre in ((y, camera.centre_v), (x, camera.centre_u)):
+        seen = camera.focal * value / np.maximum(z, 0.1) + centre - 0.5
+        close = np.where(cut, camera.focal * value / 0.1 + centre, seen)
+        high = np.where(ahead, np.maximum(seen, close).max(1) + 0.01, -9)
+        ends += [np.minimum(seen, close).min(1) - 0.01, high]
+    rays = Rays(scene, tuple(_f32(*position)), direction.reshape(3, -1))
+    rays.meet_all(_bounds(ends, shape), camera.width, camera.width)
+    rays.meet_ground()
+    return rays, cosine
 
 
-def _cast_lidar(
-    scene: Scene, prims: Array, lidar: Lidar, position: Array, rotation: Array
-) -> tuple[Array, Array, Array]:
-    """Directions (3, BEAMS * COLUMNS) in the LiDAR's own frame, distance, hit."""
-    elevation, beams = np.asarray(lidar.elevations), len(lidar.elevations)
-    begin, end = lidar.azimuth or (0.0, 2 * np.pi)
+def _cast_lidar(scene: Scene, lidar: Lidar, pose: Pose) -> tuple[Rays, Array]:
+    """A ray for each beam and column, and its direction (3, N) in the LiDAR's own frame."""
+    position, rotation = pose
+    elevation, (begin, end) = lidar.elevations, lidar.azimuth
     per_column = (end - begin) / lidar.columns
     azimuth = begin + np.arange(lidar.columns) * per_column
     flat, climb = np.cos(elevation)[:, None], np.sin(elevation)[:, None]
     local = _f32(flat * np.cos(azimuth), flat * np.sin(azimuth), climb + 0 * azimuth)
-
-    def bounds(corners: Array) -> Array:
-        # Those of the sphere around the box.
-        seen = (corners - position) @ rotation
-        x, y, z = seen.mean(1).T
-        radius = np.linalg.norm(seen[:, 0] - seen.mean(1), axis=1) + 1e-3
-        flat, far = np.hypot(x, y), np.sqrt(x * x + y * y + z * z)
-        high, wide = (np.arcsin(np.minimum(radius / v, 1)) for v in (far, flat))
-        level, centre = np.arctan2(z, flat), (np.arctan2(y, x) - begin) % (2 * np.pi)
-        rows = np.searchsorted(elevation, level - high), np.searchsorted(elevation, level + high)
-        columns = (centre - wide) // per_column, (centre + wide) // per_column + 2
-        out = np.stack([*rows, *columns], 1)
-        out[flat <= radius] = (0, beams, 0, lidar.columns)
-        out[far - radius > lidar.max_range] = 0
-        return out.astype(np.int64)
-
-    direction = np.tensordot(_f32(*rotation), local, 1)
-    ring = round(2 * np.pi / per_column)
-    found = cast(scene, prims, tuple(_f32(*position)), direction, bounds, ring)
-    return local.reshape(3, -1), *found
-
-
-class Shadow:
-    """The sun's shadow before a camera: a depth map of parallel rays, turned with the view."""
-
-    def __init__(self, scene: Scene, prims: Array, position: Array, forward: Array):
-        sun, shape = scene.sun, SHADOW_SHAPE
-        ahead = forward * (1, 1, 0) / np.hypot(forward[0], forward[1])
-        side = np.cross(sun, ahead)
-        side /= np.linalg.norm(side)
-        axes = np.stack([side, np.cross(side, sun), sun])  # of rows, of columns, to the sun
-        centre = position + ahead * (shape[1] * SHADOW_CELL / 2 - 8) + sun * 90
-        self.axes, self.centre = _f32(*axes), _f32(*centre)
-        cells = [(np.arange(n) + 0.5 - n / 2) * SHADOW_CELL for n in shape]
-        grid = np.meshgrid(*cells, indexing="ij")
-        origin = self.centre[:, None, None] + np.tensordot(self.axes[:2].T, _f32(*grid), 1)
-        direction = np.broadcast_to(-self.axes[2][:, None, None], (3, *shape))
-
-        def bounds(corners: Array) -> Array:
-            row, column = self._cells(corners - self.centre)
-            return _bounds([row.min(1), row.max(1), column.min(1), column.max(1)], shape)
-
-        start = tuple(origin.reshape(3, -1))
-        self.depth, _ = cast(scene, prims, start, direction, bounds, shape[1], ground=False)
-
-    def _cells(self, offset: Array) -> tuple[Array, Array]:
-        """Row and column, as real numbers, of points (..., 3) relative to the map's centre."""
-        place = offset @ self.axes[:2].T / SHADOW_CELL + (_f32(*SHADOW_SHAPE) - 1) / 2
-        return place[..., 0], place[..., 1]
-
-    def lit(self, points: Array, lift: Array) -> Array:
-        """The share (N,) of the sun that points (N, 3) see, lifted off their surface by `lift`."""
-        offset = points + lift - self.centre
-        rows, columns = SHADOW_SHAPE
-        row, column = self._cells(offset)
-        row, column = row.clip(0, rows - 1.01), column.clip(0, columns - 1.01)
-        below = -(offset @ self.axes[2]) - 0.12
-        first = row.astype(np.int32) * columns + column.astype(np.int32)
-        down, right = row % 1, column % 1
-        above, under = (
-            (self.depth[cell] > below) * (1 - right) + (self.depth[cell + 1] > below) * right
-            for cell in (first, first + columns)
-        )
-        lit: Array = above * (1 - down) + under * down
-        return lit
+    # The bounds of a primitive are those of the sphere around its box.
+    seen = (scene.corners - position) @ rotation
+    x, y, z = seen.mean(1).T
+    radius = np.linalg.norm(seen[:, 0] - seen.mean(1), axis=1) + 1e-3
+    away, far = np.hypot(x, y), np.sqrt(x * x + y * y + z * z)
+    high, wide = (np.arcsin(np.minimum(radius / v, 1)) for v in (far, away))
+    level, centre = np.arctan2(z, away), (np.arctan2(y, x) - begin) % (2 * np.pi)
+    rows = np.searchsorted(elevation, level - high), np.searchsorted(elevation, level + high)
+    columns = (centre - wide) // per_column, (centre + wide) // per_column + 2
+    bounds = np.stack([*rows, *columns], 1)
+    bounds[away <= radius] = (0, len(elevation), 0, lidar.columns)
+    bounds[far - radius > lidar.max_range] = 0
+    direction = np.tensordot(_f32(*rotation), local, 1).reshape(3, -1)
+    rays = Rays(scene, tuple(_f32(*position)), direction)
+    rays.meet_all(bounds.astype(np.int64), lidar.columns, round(2 * np.pi / per_column))
+    rays.meet_ground()
+    return rays, local.reshape(3, -1)
 
 
 # ---- surfaces ------------------------------------------------------------------------------------
 
 
-@dataclass
-class Surface:
+class Surface(NamedTuple):
     """What points (N) look like, to the camera and to the LiDAR."""
 
     normal: Array  # (N, 3)
@@ -385,29 +303,15 @@ class Surface:
     gloss: Array  # (N,) share of mirrored light
     reflect: Array  # (N,) LiDAR reflectance
     label: Array  # (N,) uint8
-    leafy: Array  # (N,) bool
 
 
-def surface_at(scene: Scene, prims: Array, hit: Array, points: Array) -> Surface:
-    """The surface at points (N, 3) that `cast` found: hit (N,) as it returns."""
+def surface_at(scene: Scene, hit: Array, points: Array) -> Surface:
+    """The surface at points (N, 3) where rays hit something: hit (N,) as in `Rays`."""
     ground, thing = np.nonzero(hit < 0)[0], np.nonzero(hit >= 0)[0]
-    struck = prims.take(hit[thing])  # far faster than an index
-    normal, local = _normals(struck, points[thing])
-    albedo, emission, gloss = _object_albedo(scene, struck, normal, local)
-    reflect = struck["reflect"] * np.where(gloss > 0.3, np.float32(0.12), 1)
-    floor, floor_reflect, floor_label = _ground_albedo(scene, points[ground])
-    zero = np.zeros(len(ground), np.float32)
+    struck = scene.primitives.take(hit[thing])  # far faster than an index
+    pairs = zip(_ground(scene, points[ground]), _things(scene, struck, points[thing]), strict=True)
     order = np.empty(len(hit), np.int64)
     order[np.concatenate([ground, thing])] = np.arange(len(hit))
-    pairs = (
-        (np.broadcast_to(_f32(0, 0, 1), (len(ground), 3)), normal),
-        (floor, albedo),
-        (np.zeros_like(floor), emission),
-        (zero, gloss),
-        (floor_reflect, reflect),
-        (floor_label, struck["label"]),
-        (zero > 0, struck["texture"] == world.LEAF),
-    )
     return Surface(*[np.concatenate(pair)[order] for pair in pairs])
 
 
@@ -432,8 +336,8 @@ def _normals(struck: Array, points: Array) -> tuple[Array, Array]:
     return np.stack([cos * x - sin * y, sin * x + cos * y, z], 1), local
 
 
-def _ground_albedo(scene: Scene, points: Array) -> tuple[Array, Array, Array]:
-    """Albedo (N, 3), LiDAR reflectance (N,) and label (N,) of points (N, 3) on the ground."""
+def _ground(scene: Scene, points: Array) -> Surface:
+    """The surface of the ground at points (N, 3)."""
     detail = scene.city.detail
     x, y = points[:, 0], points[:, 1]
     _, label, across, beyond = scene.ground(x, y)
@@ -469,23 +373,25 @@ def _ground_albedo(scene: Scene, points: Array) -> tuple[Array, Array, Array]:
     label = np.where(paint, world.LANE_MARKING, label).astype(np.uint8)
     reflect = np.where(road, np.float32(0.1), np.where(sidewalk, np.float32(0.2), 0.34))
     reflect = np.where(fresh, np.float32(0.6), np.where(bare, np.float32(0.25), reflect))
-    return albedo, reflect * (0.85 + 0.3 * coarse), label
+    dark = np.zeros_like(points)
+    return Surface(
+        dark + _f32(0, 0, 1), albedo, dark, dark[:, 0], reflect * (0.85 + 0.3 * coarse), label
+    )
 
 
-def _object_albedo(
-    scene: Scene, struck: Array, normal: Array, local: Array
-) -> tuple[Array, Array, Array]:
-    """Albedo (N, 3), emission (N, 3) and gloss (N,) of points on the primitives `struck` (N,).
+def _things(scene: Scene, struck: Array, points: Array) -> Surface:
+    """The surface of the primitives `struck` (N,) at points (N, 3).
 
     `pattern` of a primitive says: for FACADE the style, plus the share of glass as its fraction;
     for LEAF the offset into the noise.
     """
+    normal, local = _normals(struck, points)
     night, texture, half = scene.light.lamps, struck["texture"], struck["half"]
     detail = scene.city.detail
     emission = np.zeros((len(struck), 3), np.float32)
     leaf = texture == world.LEAF
     fine = _noise(local[:, 0] + local[:, 1] * 1.3, local[:, 2] + local[:, 0] * 0.3, 0.05)
-    lacquer = np.isin(struck["label"], world.VEHICLE_LABELS) & (struck["reflect"] > 0.2)
+    lacquer = np.isin(struck["label"], world.VEHICLES) & (struck["reflect"] > 0.2)
     contrast = np.where(leaf, np.float32(0.5 + 0.7 * detail), np.float32(0.2 * detail))
     contrast[lacquer] *= 0.2
     tone = 1 + contrast * (fine - 0.5)
@@ -519,7 +425,8 @@ def _object_albedo(
         emission[bus] = (0.22, 0.22, 0.17)
     lamp = texture == world.LAMP
     emission[lamp] = struck["color"][lamp] * np.float32(6.0 if night else 0.25)
-    return albedo, emission, gloss
+    reflect = struck["reflect"] * np.where(gloss > 0.3, np.float32(0.12), 1)
+    return Surface(normal, albedo, emission, gloss, reflect, struck["label"])
 
 
 def _facade(
@@ -571,27 +478,64 @@ def _sky(scene: Scene, direction: Array) -> Array:
     return radiance
 
 
-@dataclass
 class Shader:
-    """Gives what rays from one camera hit its colour."""
+    """Gives what rays from one camera hit its colour.
 
-    scene: Scene
-    prims: Array
-    position: Array
-    forward: Array
-    shadow: Shadow
+    The sun's shadow is a depth map of parallel rays, turned with the view.
+    """
 
-    def radiance(self, direction: Array, distance: Array, hit: Array) -> tuple[Array, Array]:
-        """Radiance (N, 3) and label (N,) along rays; arguments as `cast` returns them."""
+    def __init__(self, scene: Scene, pose: Pose):
+        position, forward = pose[0], pose[1][:, 2]
+        self.scene, self.position, self.forward = scene, _f32(*position), _f32(*forward)
+        ahead = forward * (1, 1, 0) / np.hypot(forward[0], forward[1])
+        side = np.cross(scene.sun, ahead)
+        side /= np.linalg.norm(side)
+        # Axes of rows, of columns, to the sun.
+        self.axes = _f32(side, np.cross(side, scene.sun), scene.sun)
+        middle = position + ahead * (SHADOW_SHAPE[1] * SHADOW_CELL / 2 - 8)
+        self.centre = _f32(*(middle + scene.sun * 90))
+        cells = [(np.arange(n) + 0.5 - n / 2) * SHADOW_CELL for n in SHADOW_SHAPE]
+        grid = _f32(*np.meshgrid(*cells, indexing="ij"))
+        origin = self.centre[:, None, None] + np.tensordot(self.axes[:2].T, grid, 1)
+        start = origin.reshape(3, -1)
+        rays = Rays(scene, tuple(start), np.broadcast_to(-self.axes[2][:, None], start.shape))
+        row, column = self._cells(scene.corners - self.centre)
+        ends = [row.min(1), row.max(1), column.min(1), column.max(1)]
+        rays.meet_all(_bounds(ends, SHADOW_SHAPE), SHADOW_SHAPE[1], SHADOW_SHAPE[1])
+        self.depth = rays.distance
+
+    def _cells(self, offset: Array) -> tuple[Array, Array]:
+        """Row and column, as real numbers, of points (..., 3) relative to the shadow's centre."""
+        place = offset @ self.axes[:2].T / SHADOW_CELL + (_f32(*SHADOW_SHAPE) - 1) / 2
+        return place[..., 0], place[..., 1]
+
+    def lit(self, points: Array) -> Array:
+        """The share (N,) of the sun that points (N, 3) see."""
+        offset = points - self.centre
+        rows, columns = SHADOW_SHAPE
+        row, column = self._cells(offset)
+        row, column = row.clip(0, rows - 1.01), column.clip(0, columns - 1.01)
+        below = -(offset @ self.axes[2]) - 0.12
+        first = row.astype(np.int32) * columns + column.astype(np.int32)
+        down, right = row % 1, column % 1
+        above, under = (
+            (self.depth[cell] > below) * (1 - right) + (self.depth[cell + 1] > below) * right
+            for cell in (first, first + columns)
+        )
+        lit: Array = above * (1 - down) + under * down
+        return lit
+
+    def radiance(self, rays: Rays) -> tuple[Array, Array]:
+        """Radiance (N, 3) and label (N,) of what rays of the camera hit."""
         scene, light = self.scene, self.scene.light
-        out, label = _sky(scene, direction), np.full(len(hit), world.SKY, np.uint8)
-        solid = np.nonzero(np.isfinite(distance))[0]
-        direction, distance, hit = direction[solid], distance[solid], hit[solid]
+        out, label = _sky(scene, rays.direction.T), np.full(len(rays.hit), world.SKY, np.uint8)
+        solid = np.nonzero(np.isfinite(rays.distance))[0]
+        direction, distance, hit = rays.direction.T[solid], rays.distance[solid], rays.hit[solid]
         points = self.position + direction * distance[:, None]
-        surface = surface_at(scene, self.prims, hit, points)
-        normal, leafy, gloss = surface.normal, surface.leafy, surface.gloss
+        normal, albedo, emission, gloss, _, label[solid] = surface_at(scene, hit, points)
+        leafy = label[solid] == world.VEGETATION
         # A cell of the shadow map is wide: what casts a shadow must not shade itself.
-        lit = self.shadow.lit(points, normal * np.where(hit >= 0, np.float32(0.3), 0)[:, None])
+        lit = self.lit(points + normal * np.where(hit >= 0, np.float32(0.3), 0)[:, None])
         # Leaves face all ways, mostly up.
         normal[leafy] = normal[leafy] * np.float32(0.7) + _f32(0, 0, 0.3)
         facing = (normal @ _f32(*scene.sun)).clip(0, 1)
@@ -601,7 +545,7 @@ class Shader:
         irradiance += (facing * lit)[:, None] * _f32(*light.sun)
         if light.lamps:
             irradiance += self._lamps(points, normal, lit)
-        color = surface.albedo * irradiance * (1 - gloss * 0.6)[:, None] + surface.emission
+        color = albedo * irradiance * (1 - gloss * 0.6)[:, None] + emission
         shiny = np.nonzero(gloss > 0)[0]
         course, facet = direction[shiny], normal[shiny]
         cosine = (course * facet).sum(1)
@@ -612,7 +556,6 @@ class Shader:
         color[shiny] += share[:, None] * _sky(scene, mirrored)
         clear = np.exp(distance * np.float32(-1 / light.haze))[:, None]
         out[solid] = color * clear + (1 - clear) * _f32(*light.horizon)
-        label[solid] = surface.label
         return out, label
 
     def _lamps(self, points: Array, normal: Array, lit: Array) -> Array:
@@ -635,75 +578,58 @@ class Shader:
         return total
 
 
-def photo(
-    scene: Scene,
-    prims: Array,
-    camera: Camera,
-    position: Array,
-    rotation: Array,
-    rng: np.random.Generator,
-) -> Picture:
-    """What the camera sees; prims: (P,) of PRIMITIVE, scene.primitives."""
-    shape = camera.height, camera.width
-    direction, cosine, distance, hit = _cast_camera(scene, prims, camera, position, rotation)
-    forward = rotation[:, 2]
-    shadow = Shadow(scene, prims, position, forward)
-    shader = Shader(scene, prims, _f32(*position), _f32(*forward), shadow)
-    radiance, label = shader.radiance(direction.T, distance, hit)
-    radiance = radiance.reshape(*shape, 3)
-    _smooth_edges(shader, camera, rotation, distance.reshape(shape), hit.reshape(shape), radiance)
-    depth = (distance * cosine).reshape(shape)
-    return Picture(_develop(scene, radiance, rng), label.reshape(shape), depth)
+def photo(scene: Scene, camera: Camera, pose: Pose, rng: Rng) -> Picture:
+    """What the camera sees."""
+    rays, cosine = _cast_camera(scene, camera, pose)
+    shader = Shader(scene, pose)
+    radiance, label = shader.radiance(rays)
+    radiance = radiance.reshape(*cosine.shape, 3)
+    _smooth_edges(shader, rays, camera, pose[1], radiance)
+    depth = rays.distance.reshape(cosine.shape) * cosine
+    return Picture(_develop(scene, radiance, rng), label.reshape(cosine.shape), depth)
 
 
 def _smooth_edges(
-    shader: Shader, camera: Camera, rotation: Array, distance: Array, hit: Array, radiance: Array
+    shader: Shader, rays: Rays, camera: Camera, rotation: Array, radiance: Array
 ) -> None:
     """Replaces the radiance (H, W, 3) of pixels at edges by the mean of four rays.
 
     These rays can only hit what the pixel's own ray and those of its four neighbours hit.
     """
-    prims, sky = shader.prims, np.isinf(distance)
-    leaf = (prims["texture"][hit] == world.LEAF) & (hit >= 0)
+    scene, shape = shader.scene, radiance.shape[:2]
+    sky, hit = np.isinf(rays.distance).reshape(shape), rays.hit.reshape(shape)
+    leaf = (scene.primitives["texture"][hit] == world.LEAF) & (hit >= 0)
     what = np.where(sky, -2, np.where(leaf, -3, hit))
-    film = np.sqrt(radiance[..., 1] * shader.scene.light.exposure)
-    edge = np.zeros(hit.shape, bool)
+    film = np.sqrt(radiance[..., 1] * scene.light.exposure)
+    edge = np.zeros(shape, bool)
     for before, after in ((np.s_[:-1], np.s_[1:]), (np.s_[:, :-1], np.s_[:, 1:])):
         differ = what[before] != what[after]
         differ |= (np.abs(film[before] - film[after]) > 0.12) & ~leaf[before]
         edge[before] |= differ
         edge[after] |= differ
     row, column = np.nonzero(edge)
-    v, u = (
-        (place + 0.5)[:, None] + _f32(*step)
-        for place, step in ((row, (-0.25, -0.25, 0.25, 0.25)), (column, (-0.25, 0.25, -0.25, 0.25)))
-    )
+    v = (row + 0.5)[:, None] + _f32(-0.25, -0.25, 0.25, 0.25)
+    u = (column + 0.5)[:, None] + _f32(-0.25, 0.25, -0.25, 0.25)
     direction = _pixel_rays(camera, rotation, u, v)[0].reshape(3, -1)
-    out = np.full(u.size, np.inf, np.float32), np.full(u.size, -1, np.int32)
-    rows, columns = hit.shape
-    seen: list[Array] = []
-    pairs = []
-    for a, b in ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)):
-        place = (row + a).clip(0, rows - 1), (column + b).clip(0, columns - 1)
-        index = np.where(sky[place], -2, hit[place])
-        new = np.nonzero((index >= 0) & np.all([index != other for other in seen], 0))[0]
-        pairs.append((index[new], new))
-        seen.append(index)
-    owner, pixel = (np.concatenate(part) for part in zip(*pairs, strict=True))
+    padded = np.pad(np.where(sky, -2, hit), 1, "edge")
+    steps = ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))  # the pixel itself, and its neighbours
+    around = np.stack([padded[row + a, column + b] for a, b in steps])
+    new = [(own >= 0) & (own != around[:k]).all(0) for k, own in enumerate(around)]
+    which, pixel = np.nonzero(new)
     ray = (pixel[:, None] * 4 + np.arange(4)).ravel()
-    origin = tuple(shader.position)
-    _meet(prims, np.repeat(owner, 4), ray, origin, direction, out)
-    _meet_ground(shader.scene, origin, direction, out)
+    fine = Rays(scene, rays.origin, direction)
+    fine.meet(np.repeat(around[which, pixel], 4), ray)
+    fine.meet_ground()
     # A ray that slips between all of them goes the way of the pixel's own.
-    lost = np.isinf(out[0]) & np.repeat(np.all([index != -2 for index in seen], 0), 4)
-    for found, own in zip(out, (distance, hit), strict=True):
-        found[lost] = np.repeat(own[row, column], 4)[lost]
-    color, _ = shader.radiance(direction.T, *out)
+    lost = np.isinf(fine.distance) & np.repeat((around != -2).all(0), 4)
+    own = np.repeat(row * shape[1] + column, 4)[lost]
+    fine.distance[lost], fine.hit[lost] = rays.distance[own], rays.hit[own]
+    color, _ = shader.radiance(fine)
     # Clipped before averaging: a highlight must not outshine its whole pixel.
     radiance[row, column] = color.clip(0, 4).reshape(-1, 4, 3).mean(1)
 
 
-def _develop(scene: Scene, radiance: Array, rng: np.random.Generator) -> Array:
+def _develop(scene: Scene, radiance: Array, rng: Rng) -> Array:
     """The image (H, W, 3) u8 of a camera with the scene's tone."""
     light = scene.light
     height, width, _ = radiance.shape
@@ -718,38 +644,22 @@ def _develop(scene: Scene, radiance: Array, rng: np.random.Generator) -> Array:
     grey = film @ _f32(0.3, 0.6, 0.1)
     film = grey[..., None] + (film - grey[..., None]) * np.float32(light.saturation)
     film = 255 * film * _f32(*light.tint)
-    if light.grain:
-        grain = rng.standard_normal((height, width, 3), np.float32)
-        grain += 0.5 * rng.standard_normal((height, width, 1), np.float32)
-        film = film + light.grain * grain
-    return film.clip(0, 255).astype(np.uint8)
+    grain = rng.standard_normal((height, width, 3), np.float32)
+    grain += 0.5 * rng.standard_normal((height, width, 1), np.float32)
+    return (film + light.grain * grain).clip(0, 255).astype(np.uint8)
 
 
-# ---- the LiDAR's sweep ---------------------------------------------------------------------------
-
-
-def sweep(
-    scene: Scene,
-    prims: Array,
-    lidar: Lidar,
-    position: Array,
-    rotation: Array,
-    drop: float,
-    rng: np.random.Generator,
-) -> tuple[Array, Array]:
+def sweep(scene: Scene, lidar: Lidar, pose: Pose, drop: float, rng: Rng) -> tuple[Array, Array]:
     """Points (N, 5) f32 (x, y, z in the LiDAR's frame, intensity 0-255, ring), labels (N,) u8.
 
-    prims: (P,) of PRIMITIVE. drop: share of returns that are lost. Column by column, as the sensor
-    spins.
+    drop: share of returns that are lost. Column by column, as the sensor spins.
     """
-    own, distance, hit = _cast_lidar(scene, prims, lidar, position, rotation)
-    beams = len(lidar.elevations)
-    spin = np.arange(len(hit)).reshape(beams, -1).T.ravel()
-    spin = spin[distance[spin] < lidar.max_range]
-    own, distance, hit, ring = own.T[spin], distance[spin], hit[spin], spin // lidar.columns
-    direction = own @ _f32(*rotation).T
-    count = len(distance)
-    surface = surface_at(scene, prims, hit, _f32(*position) + direction * distance[:, None])
+    rays, own = _cast_lidar(scene, lidar, pose)
+    spin = np.arange(len(rays.hit)).reshape(-1, lidar.columns).T.ravel()
+    spin = spin[rays.distance[spin] < lidar.max_range]
+    own, distance, ring, count = own.T[spin], rays.distance[spin], spin // lidar.columns, len(spin)
+    direction = own @ _f32(*pose[1]).T
+    surface = surface_at(scene, rays.hit[spin], _f32(*pose[0]) + direction * distance[:, None])
     label = surface.label
     incidence = np.abs((surface.normal * direction).sum(1)) ** np.float32(0.6)
     speckle = rng.uniform(0.8, 1.2, count)

@@ -9,48 +9,33 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Generator
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ftdpp import files
-from ftdpp.world import a2d2, dense, kitti, nuscenes, rig, vkitti
-from ftdpp.world.rig import FRAMES_PER_SCENE, Layout, Shot
-from ftdpp.world.scene import WORLDS
+from ftdpp.world import dense, nuscenes, points
+from ftdpp.world.rig import Layout, Shot
+from ftdpp.world.scene import TABLES, WORLDS
 
 VERSION = 2  # of the content: changes with every byte that is written
+FRAMES_PER_STREET = 4
+NUSCENES = nuscenes.NuScenes("nuscenes")
 LAYOUTS: dict[str, Layout] = {
-    "usa": nuscenes,
-    "singapore": nuscenes,
-    "day": nuscenes,
-    "night": nuscenes,
-    "vkitti": vkitti,
-    "skitti": kitti,
-    "a2d2": a2d2,
-    "gta5": dense.GTA5,
-    "synthia": dense.SYNTHIA,
-    "cityscapes": dense.CITYSCAPES,
+    **dict.fromkeys(("usa", "singapore", "day", "night"), NUSCENES),
+    "vkitti": points.VirtualKitti("virtual_kitti"),
+    "skitti": points.SemanticKitti("semantic_kitti"),
+    "a2d2": points.A2d2("a2d2"),
+    "gta5": dense.Gta5("gta5"),
+    "synthia": dense.Synthia("synthia"),
+    "cityscapes": dense.Cityscapes("cityscapes"),
 }
-# Source, target -> frames of each part, for three minutes on two cores at half a second a frame. A
-# part that is not there has no split: the labels of Cityscapes' test are hidden. Virtual KITTI has
-# each frame in six weathers.
-_STREETS = {"source": 320, "target": 240, "val": 48, "test": 96}
-_KITTI = {"target": 200, "val": 40, "test": 80}  # frames of two megabytes
-_DENSE = {"source": 360, "target": 280, "val": 64}
 DEFAULT_FRAMES: dict[tuple[str, str], dict[str, int]] = {
-    ("usa", "singapore"): _STREETS,
-    ("day", "night"): _STREETS,
-    ("vkitti", "skitti"): {"source": 80, **_KITTI},
-    ("a2d2", "skitti"): {"source": 240, **_KITTI},
-    ("gta5", "cityscapes"): _DENSE,
-    ("synthia", "cityscapes"): _DENSE,
+    (source, target): frames for source, target, frames in TABLES["pairs"]
 }
 PAIRS = tuple(DEFAULT_FRAMES)
-
-
-# ---- which frames --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -70,25 +55,35 @@ def shots_of(plan: Plan) -> dict[str, list[Shot]]:
     out: dict[str, list[Shot]] = {}
     for index, (part, count) in enumerate(plan.frames.items()):
         world = plan.source if part == "source" else plan.target
-        layout = LAYOUTS[world]
-        places = layout.places(world, part if part in ("val", "test") else "train")
+        shots = out.setdefault("" if shared else world, [])
+        places = LAYOUTS[world].places(world, part if part in ("val", "test") else "train")
         key = (plan.seed, list(WORLDS).index(world), index)
-        length = FRAMES_PER_SCENE
-        if layout is nuscenes:  # one street a place, longer where there are not enough of them
+        length = FRAMES_PER_STREET
+        if LAYOUTS[world] is NUSCENES:  # a street a place, longer where there are not enough
             length = max(length, math.ceil(count / len(places)))
-        folder = "" if shared else world
-        out[folder] = out.get(folder, []) + rig.shots(world, places, count, key, length)
+        used: Counter[str] = Counter()
+        for n in range(count):
+            street, number = divmod(n, length)
+            city, place = places[street % len(places)]
+            travel = 10.0 * (length - 1)
+            shot = Shot(world, city, (*key, street), number, travel, place, used[place])
+            shots.append(shot)
+            used[place] += 1
     return out
 
 
-# ---- building ------------------------------------------------------------------------------------
+def _put(path: Path, content: bytes) -> None:
+    with files.replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def _write(root: Path, shot: Shot) -> None:
     """Writes a frame below `root`, unless its files are all there: each was written whole."""
     layout = LAYOUTS[shot.world]
-    if not all((root / file).exists() for file in layout.files(shot)):
-        layout.write(root, shot)
+    paths = [root / file for file in layout.files(shot)]
+    if not all(path.exists() for path in paths):
+        for path, content in zip(paths, layout.contents(shot), strict=True):
+            _put(path, content)
 
 
 def _die_with_parent() -> None:
@@ -104,21 +99,6 @@ def _die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _write_all(roots: list[Path], shots: list[Shot], workers: int) -> Generator[None]:
-    """Writes each frame below its root; yields after each, in order."""
-    workers = min(workers, len(shots))
-    if workers == 1:
-        yield from map(_write, roots, shots)
-        return
-    # Spawned, not forked: the caller may hold threads or a CUDA context.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _die_with_parent) as pool:
-        try:
-            yield from pool.map(_write, roots, shots)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 def _partial(root: Path) -> Path:
     """The folder in which `root` is built."""
     return root.with_name(f".{root.name}.partial")
@@ -132,17 +112,25 @@ def _build(root: Path, plan: Plan, workers: int, progress: files.Progress | None
     if not note.exists() or note.read_text() != content:
         if partial.exists():
             shutil.rmtree(partial)
-        with files.replacing(note) as temporary:
-            temporary.write_text(content)
+        _put(note, content.encode())
     sets = shots_of(plan)
     shots = [shot for part in sets.values() for shot in part]
-    roots = [partial / folder for folder, part in sets.items() for _ in part]
-    with closing(_write_all(roots, shots, workers)) as written:
+    homes = [partial / folder for folder, part in sets.items() for _ in part]
+    # Spawned, not forked: the caller may hold threads or a CUDA context.
+    context = multiprocessing.get_context("spawn")
+    workers = min(workers, len(shots))
+    pool = ProcessPoolExecutor(workers, context, _die_with_parent) if workers > 1 else None
+    try:
+        written = pool.map(_write, homes, shots) if pool else map(_write, homes, shots)
         for done, _ in enumerate(written, 1):
             if progress:
                 progress(done, len(shots), "building the street world")
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)
     for folder, part in sets.items():
-        LAYOUTS[part[0].world].tables(partial / folder, part)
+        for name, text in LAYOUTS[part[0].world].tables(part).items():
+            _put(partial / folder / name, text.encode())
     for stale in partial.rglob(".*.tmp"):  # of workers that were killed
         stale.unlink()
     os.replace(partial, root)
@@ -188,15 +176,17 @@ def write_world(
     FileExistsError if `root` is not empty.
     """
     plan = plan_of(source, target, frames or {}, seed, workers)
-    _refuse_occupied(root)
-    with files.locked(_partial(root)):
-        _refuse_occupied(root)  # another process may have written it while this one waited
+    with files.locked(_partial(root)):  # another process may write it while this one waits
+        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+            raise FileExistsError(
+                f"{root} exists and is not an empty folder: remove it or choose another place"
+            )
         _build(root, plan, workers, progress)
 
 
 def roots(root: Path, *domains: str) -> tuple[Path, ...]:
     """Where the data set of each domain lies in a world that `write_world` wrote."""
-    return tuple(root if LAYOUTS[domain] is nuscenes else root / domain for domain in domains)
+    return tuple(root if LAYOUTS[domain] is NUSCENES else root / domain for domain in domains)
 
 
 def pair_of(src: str, tgt: str) -> tuple[str, str] | None:
@@ -204,27 +194,19 @@ def pair_of(src: str, tgt: str) -> tuple[str, str] | None:
     return next((pair for pair in PAIRS if {src, tgt} <= set(pair)), None)
 
 
-def _refuse_occupied(root: Path) -> None:
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise FileExistsError(
-            f"{root} exists and is not an empty folder: remove it or choose another place"
-        )
-
-
 def built_in(
     src: str, tgt: str, cache: Path, workers: int = 2, progress: files.Progress | None = None
 ) -> tuple[Path, Path]:
     """The roots of both domains in the built-in world of their pair, in whatever direction.
 
-    Written below `cache` on first use. Resumes as `write_world` does. Raises ValueError where there
-    is no such pair.
+    Written below `cache` on first use, as `write_world` does it. Raises ValueError where there is
+    no such pair.
     """
-    plan = plan_of(*(pair_of(src, tgt) or (src, tgt)), {}, 0, workers)
-    sizes = "-".join(str(count) for count in plan.frames.values())
-    root = cache / f"world-{plan.source}-{plan.target}-v{VERSION}-{sizes}"
+    source, target = pair_of(src, tgt) or (src, tgt)
+    sizes = "-".join(map(str, plan_of(source, target, {}, 0, workers).frames.values()))
+    root = cache / f"world-{source}-{target}-v{VERSION}-{sizes}"
     if not root.is_dir():
-        with files.locked(_partial(root)):
-            if not root.is_dir():  # no other process wrote it while this one waited
-                _build(root, plan, workers, progress)
+        with suppress(FileExistsError):  # another process wrote it while this one waited
+            write_world(root, source, target, workers=workers, progress=progress)
     first, second = roots(root, src, tgt)
     return first, second
