@@ -40,7 +40,7 @@ def load(run_or_file: str | Path, device: str = "cpu") -> Any:
 def predict(
     system: Any, image: np.ndarray, points: np.ndarray, calibration: np.ndarray
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Class probabilities of the points that the camera sees; see `evaluate.predict`."""
-    from ftdpp.evaluate import predict as run
+    """Class probabilities of the points that the camera sees; see `inference.predict`."""
+    from ftdpp.inference import predict as run
 
     return run(system, image, points, calibration)

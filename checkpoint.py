@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ftdpp.files import replacing
-from ftdpp.models import misfits
+from ftdpp.pretrained import misfits
 from ftdpp.recipe import RecipeError, from_dict
 from ftdpp.systems import METHODS, build, system_of
 

@@ -295,7 +295,8 @@ def _imagenet(pretrained: str | None, r: Recipe) -> dict[str, Tensor] | None:
     """The weights that --pretrained names, read before hours of preparing data and not after."""
     import torch
 
-    from ftdpp import models, systems
+    from ftdpp import pretrained as weights
+    from ftdpp import systems
     from ftdpp.recipe import RecipeError
 
     if not pretrained:
@@ -310,7 +311,7 @@ def _imagenet(pretrained: str | None, r: Recipe) -> dict[str, Tensor] | None:
     with torch.device("meta"):  # shapes alone
         encoder = systems.build(r).encoders()[0]
     try:
-        return models.imagenet_weights(encoder, file)
+        return weights.imagenet_weights(encoder, file)
     except (ValueError, OSError) as error:
         raise RecipeError(f"--pretrained {pretrained}: {error}") from None
 
@@ -719,7 +720,7 @@ def evaluate(
     """Evaluate a checkpoint: point-level IoU of every head, per class."""
     from ftdpp import checkpoint as files
     from ftdpp import evaluate as protocol
-    from ftdpp import runs, screen
+    from ftdpp import inference, runs, screen
 
     console = screen.messages()
     if overlay is not None:
@@ -753,7 +754,7 @@ def evaluate(
         screen.show(screen.results(), screen.score_table(score, title))
     if overlay is not None:
         chosen = range(min(count or 4, len(index)))
-        labels = protocol.predict_frames(system, index, chosen, dev)
+        labels = inference.predict_frames(system, index, chosen, dev)
         what = f"{title}, {system.heads[-1].upper()}, {weights}"
         _overlays(overlay, index, chosen, labels, r, what, console)
 

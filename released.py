@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ftdpp.checkpoint import FORMAT, RunError, save
 from ftdpp.data import CLASS_SETS
-from ftdpp.models import misfits, read_pth
+from ftdpp.pretrained import misfits, read_pth
 from ftdpp.systems import build
 
 _RELEASED_2D = [

@@ -120,7 +120,7 @@ class Run:
     pseudo: PseudoLabels | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     workers: int = 0
-    pretrained: dict[str, Tensor] | None = None  # of `models.imagenet_weights`
+    pretrained: dict[str, Tensor] | None = None  # of `pretrained.imagenet_weights`
     pretrained_digest: str | None = None  # of the weights that the run began with
     source: dict[str, Tensor] | None = None  # the network that a system without source data is of
     source_digest: str | None = None

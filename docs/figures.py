@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import ftdpp
-from ftdpp import evaluate, report, runs
+from ftdpp import inference, report, runs
 from ftdpp.data import CLASS_SETS, Frame
 from ftdpp.index import original_frames, prepare
 from ftdpp.readers import domains
@@ -222,7 +222,7 @@ def predictions(run: Path) -> tuple[Image.Image, Image.Image]:
     index = target.index("test", system.recipe, Path(record["cache"]))
     pages = []
     for i, shown in zip(TESTED, (slice(0, 2), slice(2, 3)), strict=True):
-        [label] = evaluate.predict_frames(system, index, range(i, i + 1))
+        [label] = inference.predict_frames(system, index, range(i, i + 1))
         [frame] = original_frames(index, [i])
         title = f"{target.domain} test: {system.recipe.method}, {system.recipe.steps} iterations"
         pages.append(report.page(frame, report.panels_of(frame, label)[shown], NAMES, title, 1280))

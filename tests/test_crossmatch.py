@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ftdpp import checkpoint, compare, index, systems, train
 from ftdpp.data import CLASS_SETS, IGNORE, Batch, Frame, collate, sample
+from ftdpp.pretrained import imagenet_weights
 from ftdpp.systems import crossmatch, image
 from ftdpp.tests import dense_layouts
 from ftdpp.tests.commands import TINY, ftd, same_bytes, train_args, words
@@ -386,8 +387,6 @@ def test_audit_counts() -> None:
 
 def test_deeplabv2(tmp_path: Path) -> None:
     """Torchvision's names, output stride 8, ImageNet weights, and what depth adds."""
-    from ftdpp.models import imagenet_weights
-
     camera = image.Camera("deeplabv2", 16, K)
     trunk = camera.trunk
     assert {"layer3.22.conv3.weight", "layer1.0.downsample.1.bias", "bn1.running_var"} <= set(

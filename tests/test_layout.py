@@ -11,9 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
-    *("files", "readers", "world", "data", "index", "kernels", "models", "losses", "recipe"),
-    *("systems", "checkpoint", "released", "evaluate", "machine", "train", "runs", "compare"),
-    *("report", "screen", "ftd"),
+    *("files", "readers", "world", "data", "index", "kernels", "models", "pretrained", "losses"),
+    *("recipe", "systems", "checkpoint", "released", "evaluate", "inference", "machine", "train"),
+    *("runs", "compare", "report", "screen", "ftd"),
 )
 OUTSIDE = ("bench", "docs", "tests")  # not installed; they may import everything
 

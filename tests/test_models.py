@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn as nn
 
-from ftdpp import models
 from ftdpp.kernels import Pyramid
-from ftdpp.models import BatchNormReLU, UNet2D, UNet3D, imagenet_weights, update_teacher
+from ftdpp.models import BatchNormReLU, UNet2D, UNet3D, update_teacher
+from ftdpp.pretrained import imagenet_weights, misfits
 
 
 @pytest.mark.parametrize("size", [(16, 16), (17, 33), (30, 47), (1, 1)])
@@ -65,10 +65,10 @@ def test_imagenet_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_misfits() -> None:
     wanted = {name: torch.zeros(2, 3) for name in "abc"}
-    assert models.misfits(
+    assert misfits(
         {"a": torch.zeros(2, 3), "b": torch.zeros(3, 2), "d": torch.zeros(1)}, wanted
     ) == ["b", "c", "d"]
-    assert models.misfits(wanted, wanted) == []
+    assert misfits(wanted, wanted) == []
 
 
 @pytest.mark.parametrize("n", [1, 2, 97])
