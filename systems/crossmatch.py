@@ -314,7 +314,6 @@ class System(Contract):
         "val_every": 120,
         "save_every": 120,
         "ema": 0.99,
-        "consistency": 3.0,
     }
 
     def __init__(self, r: Any, seed: int = 0, training: bool = True) -> None:
@@ -340,10 +339,12 @@ class System(Contract):
             self.auxiliary_teacher.load_state_dict(self.auxiliary.state_dict())
 
     def train(self, mode: bool = True) -> System:
-        """The teachers stay in eval mode: they label, they do not learn."""
+        """In training the teachers normalise with their batch's statistics, without dropout."""
         super().train(mode)
         for teacher, _ in self._teachers():
-            teacher.eval()
+            for module in teacher.modules():
+                if isinstance(module, nn.Dropout):
+                    module.eval()
         return self
 
     def _teachers(self) -> Iterator[tuple[nn.Module, nn.Module]]:
@@ -415,11 +416,13 @@ class System(Contract):
         return terms
 
     def after_step(self, iteration: int) -> None:
-        """Teachers follow their students; running statistics, which carry no noise, at once."""
+        """Teachers follow their students. The running statistics, with which the main stream will
+        predict, are those of the weak view, which the teachers see: of the strong one they are off.
+        """
         for teacher, student in self._teachers():
             update_teacher(teacher, student, iteration, self.recipe.ema)
-            for mine, theirs in zip(teacher.buffers(), student.buffers(), strict=True):
-                mine.copy_(theirs)
+            for weak, strong in zip(teacher.buffers(), student.buffers(), strict=True):
+                strong.copy_(weak)
 
     def predict(self, batch: Batch) -> dict[str, Tensor]:
         """The main stream alone: it needs no depth."""

@@ -10,6 +10,7 @@ import pytest
 from ftdpp import readers, recipe, systems
 from ftdpp.recipe import RecipeError
 from ftdpp.systems import ftdpp
+from ftdpp.tests.test_crossmatch import a_batch as a_batch_with_depth
 from ftdpp.tests.test_ftdpp import batch as a_batch
 
 SCENARIOS = ftdpp.System.scenarios
@@ -28,8 +29,10 @@ def test_recipes_of_all_rows() -> None:
                 changed = systems.system_of(method, scenario).small if preset == "small" else {}
                 for name in row.settings.keys() - changed.keys():
                     assert getattr(r, name) == row.settings[name]
-                streams = systems.system_of(method, scenario).streams(r)
-                assert sum(s.labels for s in streams.values()) >= 1
+                system = systems.system_of(method, scenario)
+                streams = system.streams(r)
+                labelled = sum(s.labels for s in streams.values())
+                assert labelled == 0 if system.source_free else labelled >= 1
                 assert len({s.number for s in streams.values()}) == len(streams)
 
 
@@ -150,32 +153,43 @@ def test_given_settings_have_one_name() -> None:
     assert texts == {("batch=4", "fusion=false")}
 
 
-class Spy(ftdpp.Recipe):
+READ: set[str] = set()
+
+
+def spying(cls: type[recipe.Recipe]) -> type[recipe.Recipe]:
     """A recipe that remembers which of its settings were read."""
 
-    def __getattribute__(self, name: str) -> Any:
-        if name in recipe.settings(ftdpp.Recipe):
+    def read(self: Any, name: str) -> Any:
+        if name in recipe.settings(cls):
             READ.add(name)
-        return super().__getattribute__(name)
+        return object.__getattribute__(self, name)
 
-
-READ: set[str] = set()
+    return type("Spy", (cls,), {"__getattribute__": read})
 
 
 @pytest.mark.parametrize("method", list(systems.METHODS))
 @pytest.mark.parametrize("pseudo", [False, True])
 def test_no_setting_that_a_step_reads_is_called_unread(method: str, pseudo: bool) -> None:
-    """By watching a whole step. `supervised` is read, but not for the user to set."""
-    r = systems.recipe("usa-singapore", method, "small", pseudo, ["batch=2", "dropout=0,0"])
-    spied = Spy(**dataclasses.asdict(r) | {"class_weights": (1.0,) * 6})
+    """By watching a whole step. What the method decides is read, but not for the user to set."""
+    cls = systems.system_of(method, "usa-singapore")
+    dropout = "dropout=0" if cls.source_free else "dropout=0,0"
+    if pseudo and not cls.second_stage:
+        with pytest.raises(RecipeError, match="has no second stage on pseudo-labels"):
+            systems.recipe("usa-singapore", method, "small", pseudo)
+        return
+    r = systems.recipe("usa-singapore", method, "small", pseudo, ["batch=2", dropout])
+    weights = {"class_weights": (1.0,) * 6}
+    spied = spying(type(r))(**dataclasses.asdict(r) | weights)
     system = systems.build(spied).train()
     system.streams(spied)
     system.optimizers()
     READ.clear()
-    labelled, target = a_batch(0), a_batch(1, pseudo=True)
-    terms = system("all", {"labelled": labelled, "unlabelled": target}, systems.Chance(0, 0))
+    batches = {"labelled": a_batch(0), "unlabelled": a_batch(1, pseudo=True)}
+    batches["target"] = a_batch_with_depth()
+    terms = system("all", batches, systems.Chance(0, 0))
     system.after_step(1)
-    values = {name: getattr(r, name) for name in READ & r.unread().keys() - {"supervised"}}
+    decided = {"supervised", "auxiliary", *cls.inherited}
+    values = {name: getattr(r, name) for name in READ & r.unread().keys() - decided}
     # A weight of 0 is read to find out that the term is off, and so is a switch.
     assert not any(values.values()), values
     assert terms
