@@ -49,10 +49,6 @@ class Job(NamedTuple):
 SOURCE_MODEL = "source-only"  # what methods without source data start from
 
 
-def _source_free(method: str, scenario: str) -> bool:
-    return method in systems.METHODS and systems.system_of(method, scenario).source_free
-
-
 def plan(
     scenario: str, methods: str, seeds: str, preset: str, overrides: Sequence[str], out: Path
 ) -> list[Job]:
@@ -75,7 +71,11 @@ def plan(
         plain, _, stage = name.partition("+")
         if stage not in ("", "pl"):
             raise RecipeError(f"--methods {name}: expected NAME or NAME+pl")
-        if _source_free(plain, scenario):
+        if systems.is_source_free(plain):
+            if stage:
+                raise RecipeError(f"--methods {name}: {plain} has no second stage; drop +pl")
+            if scenario.endswith("-ssda"):
+                raise RecipeError(f"{plain} has no semi-supervised form; drop --ssda")
             stages.append((SOURCE_MODEL, False))
         stages += [(plain, False), *([(plain, True)] if stage else [])]
     names, read = given_names(overrides), set()
@@ -87,7 +87,7 @@ def plan(
     for seed in numbers:
         model: Job | None = None  # of this seed
         for plain, second in dict.fromkeys(stages):
-            source = model if _source_free(plain, scenario) else None
+            source = model if systems.is_source_free(plain) else None
             theirs = source.recipe if source is not None else None
             base = systems.recipe(scenario, plain, preset, second, (), theirs)
             unread = base.lacking().keys() | (everywhere - settings(type(base)).keys())
@@ -95,10 +95,11 @@ def plan(
             r = systems.recipe(scenario, plain, preset, second, mine, theirs)
             given = settings_of(r, base, given_names(mine))
             read |= set(given_names(mine))
-            folder = out / runs.run_name(r, given, seed)
+            named = given if source is None else runs.names_source(r, given, source.given)
+            folder = out / runs.run_name(r, named, seed)
             start = source.out if source is not None else None
             job = Job(plain + ("+pl" if second else ""), seed, folder, r, given, start)
-            model = job if plain == SOURCE_MODEL else model
+            model = job if plain == SOURCE_MODEL and not second else model
             jobs.append(job)
     for name, text in zip(names, overrides, strict=True):
         if name not in read:
@@ -168,12 +169,14 @@ class Comparison:
                 origin.index(stream.split, job.recipe, self.places.cache, progress)
         work = 0.0
         facts: list[runs.Fact] = []
+        notes: list[runs.Fact] = []
         for job in self.jobs:
             ready = job.pseudo if job.pseudo is not None and job.pseudo.exists() else None
             run, found = self.open(job, ready)
             work += runs.work_left(run)
             facts = max(facts, found, key=len)
-        return work, facts
+            notes += [fact for fact in found if fact[0] == "NOTE" and fact not in notes]
+        return work, [*(fact for fact in facts if fact[0] != "NOTE"), *notes]
 
     def _test(self, job: Job, progress: Progress) -> Index:
         return self.places.origins["tgt"].index(self.split, job.recipe, self.places.cache, progress)
@@ -192,17 +195,16 @@ class Comparison:
             write_pseudo_labels(job.pseudo, system, index, origin, self.device, progress)
         return job.pseudo
 
-    def _train(
-        self, run: Run, places: Places, name: str, drive: Callable[[Run, str], None]
-    ) -> None:
+    def _train(self, run: Run, job: Job, drive: Callable[[Run, str], None]) -> None:
         """Train a run to its end; one that was begun, with as many threads as it was begun with."""
         threads, record = self.threads, runs.read_record(run.out)
         if record is None or not run.iteration:
-            runs.write_record(run, places, threads)
+            source = None if job.source is None else job.source / "best.safetensors"
+            runs.write_record(run, self.places_of(job), threads, source)
         else:
             threads = record["threads"]
         torch.set_num_threads(threads)
-        drive(run, name)
+        drive(run, f"{job.title}, seed {job.seed}")
         torch.set_num_threads(self.threads)
 
     def run(self, drive: Callable[[Run, str], None], progress: Progress) -> list[dict[str, Any]]:
@@ -217,7 +219,7 @@ class Comparison:
         for job in self.jobs:
             run, _ = self.open(job, self._labels(job, progress))
             if run.iteration < run.recipe.steps or run.owed:
-                self._train(run, self.places_of(job), f"{job.title}, seed {job.seed}", drive)
+                self._train(run, job, drive)
             system, meta = checkpoint.load(run.best_path, self.device)
             origin = f"best.safetensors, iteration {meta['iteration']}"
             score = evaluate(system, self._test(job, progress), origin, self.device, progress)

@@ -388,8 +388,9 @@ def train(
         bool, typer.Option("--tensorboard", help="Write event files too (an extra).")
     ] = False,
 ) -> None:
-    """Train on SRC, adapt to TGT. Leaves last.safetensors, best.safetensors, log.csv, val.csv and
-    run.json in the run folder."""
+    """Train on SRC, adapt to TGT; with --from RUN, adapt a trained network without source data.
+    Leaves last.safetensors, best.safetensors, log.csv, val.csv and run.json in the run folder, of
+    some methods audit.csv."""
     from ftdpp import evaluate as protocol
     from ftdpp import kernels, recipe, runs, screen, systems
     from ftdpp.readers import plural
@@ -411,6 +412,12 @@ def train(
                 )
         source = runs.read_source(_checkpoint(from_, "best"), tgt, data or tgt_data)
         src, src_data = source.domain, tgt_data
+    if source is None and systems.is_source_free(method or ""):
+        raise _fail(
+            f"{method} adapts a trained network without its source data; name it with --from RUN "
+            "instead of --src",
+            USAGE,
+        )
     if src is None or tgt is None:
         missing = " and ".join(n for n, v in (("--src", src), ("--tgt", tgt)) if v is None)
         raise _fail(f"{missing} missing; name both domains, or --resume RUN", USAGE)
@@ -430,13 +437,9 @@ def train(
     method = method or ("source-only" if systems.is_dense(scenario) else "ftdpp")
     theirs = source.recipe if source is not None else None
     r = systems.recipe(scenario, method, preset, pseudo is not None, overrides, theirs)
-    needs = systems.system_of(method, scenario).source_free
-    if needs != (source is not None):
+    if source is not None and not systems.is_source_free(method):
         raise _fail(
-            f"{method} adapts a trained network without its source data; name it with --from RUN "
-            "instead of --src"
-            if needs
-            else f"--from: {method} trains on source data; use --method crossmatch, or name the "
+            f"--from: {method} trains on labelled data; use --method crossmatch, or name the "
             "source with --src instead",
             USAGE,
         )
@@ -450,7 +453,8 @@ def train(
     writer = _board_writer() if tensorboard else None
     base = systems.recipe(scenario, method, preset, pseudo is not None, (), theirs)
     given = recipe.settings_of(r, base, recipe.given_names(overrides))
-    out = out or Path("runs") / runs.run_name(r, given, seed)
+    named = given if source is None else runs.names_source(r, given, source.given)
+    out = out or Path("runs") / runs.run_name(r, named, seed)
     if (out / "last.safetensors").exists():
         raise _fail(
             f"{out} already holds a run; continue it with --resume {quote(str(out))}, or choose "
@@ -520,7 +524,8 @@ def train(
     if source is not None:
         start = "source model", str(source.path), f"{source.title}; no source frame is read"
     _print_choices(console, choices, [method_fact, start, *facts])
-    _drive(run, console, writer, partial(runs.write_record, run, places, int(thread_choice[0])))
+    record = partial(runs.write_record, run, places, int(thread_choice[0]))
+    _drive(run, console, writer, partial(record, source.path if source is not None else None))
 
 
 def _resume(
@@ -878,6 +883,8 @@ def export(
 
     _writable(out)
     path = _checkpoint(run, checkpoint)
+    if out.resolve() == path.resolve():
+        raise _fail(f"--out {out}: is the checkpoint itself; name another file", USAGE)
     system, meta = files.load(path)
     tensors = {f"system/{name}": tensor for name, tensor in system.state_dict().items()}
     files.save(out, tensors, meta)

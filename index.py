@@ -175,6 +175,17 @@ def require_labels(index: Index) -> None:
         )
 
 
+def require_depth(index: Index) -> None:
+    """Raises DataError if a frame has no depth: for methods that read it."""
+    missing = sum(not record["depth"] for record in index._records)
+    if missing:
+        raise DataError(
+            f"{index.identity['root']}: {missing} of {plural(len(index), 'frame')} of "
+            f"{index.title} without depth; add the depth files of the data set (README, Data), or "
+            "go without: --set depth=none"
+        )
+
+
 def original_frames(index: Index, frames: Sequence[int]) -> Iterator[Frame]:
     """Frames of an index with images, pixels and dense labels at their original size.
 

@@ -19,9 +19,9 @@ from ftdpp import checkpoint, machine, readers, systems
 from ftdpp.checkpoint import RunError
 from ftdpp.evaluate import PseudoLabels
 from ftdpp.files import Progress, replacing
-from ftdpp.index import Index, prepare, require_frames
+from ftdpp.index import Index, prepare, require_depth, require_frames
 from ftdpp.readers import list_frames, plural
-from ftdpp.recipe import Recipe
+from ftdpp.recipe import Recipe, settings
 from ftdpp.train import Run
 
 
@@ -80,6 +80,7 @@ class Source:
     network: dict[str, Tensor]  # of `System.camera_network`
     domain: str  # where its labels came from
     title: str
+    given: tuple[str, ...]  # settings that its user chose
 
 
 def read_source(path: Path, tgt: str, data: Path | None) -> Source:
@@ -95,8 +96,7 @@ def read_source(path: Path, tgt: str, data: Path | None) -> Source:
     r = system.recipe
     pair = dict(zip(("src", "tgt"), r.scenario.removesuffix("-ssda").split("-"), strict=True))
     sides = {stream.side for stream in system.streams(r).values() if stream.labels} or {"src"}
-    labelled = {pair[side] for side in sides}
-    if tgt in labelled:
+    if tgt in {pair[side] for side in sides}:
         raise RunError(
             f"{path}: {r.method} was trained with labels of {tgt}; name a run that was not, or "
             "another --tgt"
@@ -106,8 +106,17 @@ def read_source(path: Path, tgt: str, data: Path | None) -> Source:
         raise RunError(
             f"{path}: was trained on a data set on disk; name the root of {tgt} with --data"
         )
-    what = f"{title(r, tuple(meta['given']))}, iteration {meta['iteration']}"
-    return Source(path, r, system.camera_network(), labelled.pop(), what)
+    given = tuple(meta.get("given", ()))  # a converted checkpoint has none
+    domain = pair["src" if "src" in sides else "tgt"]
+    what = f"{title(r, given)}, iteration {meta['iteration']}"
+    return Source(path, r, system.camera_network(), domain, what, given)
+
+
+def names_source(r: Recipe, given: tuple[str, ...], theirs: tuple[str, ...]) -> tuple[str, ...]:
+    """The settings in the name of a run that starts from another: its own, and those of the other
+    that it does not have itself."""
+    own = settings(type(r)).keys() - r.lacking().keys()
+    return (*(text for text in theirs if text.partition("=")[0] not in own), *given)
 
 
 def title(r: Recipe, given: tuple[str, ...] = ()) -> str:
@@ -170,6 +179,10 @@ def assemble(
         for name, stream in streams.items()
     }
     validation, val_reason = _validation(r, places, progress)
+    for name, stream in streams.items():
+        for index in (indexes[name], validation):  # a system may look at itself on the latter
+            if stream.depth and index is not None:
+                require_depth(index)
     labels = PseudoLabels(pseudo, r, indexes[taught_stream(r)]) if pseudo is not None else None
     cores = machine.allowed_cores()
     run = Run(
@@ -268,8 +281,12 @@ def work_left(run: Run) -> float:
 # ---- run.json ----------------------------------------------------------------------------------
 
 
-def write_record(run: Run, places: Places, threads: int) -> None:
-    """run.json: what a person or `ftd train --resume` has to know of a run."""
+def write_record(run: Run, places: Places, threads: int, source: Path | None = None) -> None:
+    """run.json: what a person or `ftd train --resume` has to know of a run.
+
+    Args:
+        source: the checkpoint that a run without source data started from.
+    """
     origins = {
         side: {**dataclasses.asdict(origin), "root": str(origin.root)}
         for side, origin in places.origins.items()
@@ -282,6 +299,7 @@ def write_record(run: Run, places: Places, threads: int) -> None:
         "built_in": places.built_in,
         "cache": str(places.cache.absolute()),
         "pseudo": str(run.pseudo.path.absolute()) if run.pseudo is not None else None,
+        "source": None if source is None else str(source.absolute()),
         "threads": threads,
         "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
         "git": _git_hash(),

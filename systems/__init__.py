@@ -261,8 +261,10 @@ def _check_classes(r: Recipe) -> None:
         names = r.scenario.removesuffix("-ssda").split("-")
         shared = common_class_sets(*(domains[name] for name in names))
         if r.classes not in shared:
-            known = ", ".join(shared)
-            raise RecipeError(f"classes={r.classes}: {r.scenario} has labels for: {known}")
+            known, why = ", ".join(shared), ""
+            if "classes" in r.lacking():
+                why = f"; the source model has them: train one with --set classes={shared[0]}"
+            raise RecipeError(f"classes={r.classes}: {r.scenario} has labels for: {known}{why}")
 
 
 def methods_for(scenario: str, second_stage: bool = False) -> list[str]:
@@ -311,6 +313,11 @@ def system_of(method: str, scenario: str) -> type[System]:
             raise RecipeError(f"{method} needs LiDAR points, {scenario} has none; use: {able}")
         module = row.dense
     return _load(module)
+
+
+def is_source_free(method: str) -> bool:
+    """Whether a method starts from a trained network instead of source data."""
+    return method in METHODS and _load(METHODS[method].module).source_free
 
 
 def in_paper(r: Recipe) -> bool:

@@ -10,7 +10,7 @@ schedule) is our design. The paper reports 57.7 (GTA5 -> Cityscapes) and 57.5 (S
     g, auxiliary   image + depth -> scores; a copy of f and a depth encoder behind closed gates
     f', g'         their teachers: moving averages that see the weak view        after_step()
     strong view    colours, blur, a rectangle of another frame                   strong_view()
-    pseudo-labels  where f' and g' agree and are sure                            System.teach()
+    pseudo-labels  the class of their mean, where they agree and are sure        System.kept()
 
     loss = CE(f(strong), y) + CE(g(strong), y)
          + consistency * [ KL(sg g'(weak) || f(strong)) + KL(sg f'(weak) || g(strong)) ]
@@ -39,7 +39,7 @@ from ftdpp.losses import kl_divergence, kl_rows, trusted_cross_entropy
 from ftdpp.models import update_teacher
 from ftdpp.systems import INIT, VIEW, Chance, Stream, seed_torch
 from ftdpp.systems import System as Contract
-from ftdpp.systems.image import TRUNKS, camera_of
+from ftdpp.systems.image import TRUNKS, Camera, camera_of
 
 # ---- settings ----------------------------------------------------------------------------------
 
@@ -320,6 +320,7 @@ class System(Contract):
         super().__init__(r, seed, training)
         seed_torch(seed, INIT, 0)
         self.main = camera_of(r)
+        self.main_teacher: Camera | None = None
         self.auxiliary: Auxiliary | None = None
         self.auxiliary_teacher: Auxiliary | None = None
         if training:
@@ -332,6 +333,7 @@ class System(Contract):
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
         """Every network begins as the source model; the gates are closed."""
+        assert self.main_teacher is not None, "built for training"
         self.main.load_state_dict(weights)
         self.main_teacher.load_state_dict(weights)
         if self.auxiliary is not None and self.auxiliary_teacher is not None:
@@ -349,7 +351,7 @@ class System(Contract):
 
     def _teachers(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         """Each teacher and its student."""
-        if hasattr(self, "main_teacher"):
+        if self.main_teacher is not None:
             yield self.main_teacher, self.main
         if self.auxiliary_teacher is not None and self.auxiliary is not None:
             yield self.auxiliary_teacher, self.auxiliary
@@ -361,17 +363,20 @@ class System(Contract):
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         r, params = self.recipe, list(self.main.parameters())
-        groups = [{"name": "2d", "params": params, "lr": r.lr_2d}]
+        encoder: list[nn.Parameter] = []
         if self.auxiliary is not None:
             params += self.auxiliary.camera.parameters()
             if self.auxiliary.depth is not None:
-                encoder = list(self.auxiliary.depth.parameters())
-                groups.append({"name": "depth", "params": encoder, "lr": r.lr_depth})
+                encoder += self.auxiliary.depth.parameters()
+        groups = [{"name": "2d", "params": params, "lr": r.lr_2d}]
+        if encoder:
+            groups.append({"name": "depth", "params": encoder, "lr": r.lr_depth})
         return {"all": torch.optim.Adam(groups, fused=True)}
 
     @torch.no_grad()
     def teach(self, batch: Batch) -> Taught:
         """The teachers on the weak view: p = (softmax f' + softmax g') / 2 and its class."""
+        assert self.main_teacher is not None, "built for training"
         r, place = self.recipe, (batch.batch_index, batch.pixel)
         main = F.softmax(pixel_to_point(self.main_teacher(batch.image), *place), 1)
         mean, auxiliary = main, None
@@ -416,8 +421,9 @@ class System(Contract):
         return terms
 
     def after_step(self, iteration: int) -> None:
-        """Teachers follow their students. The running statistics, with which the main stream will
-        predict, are those of the weak view, which the teachers see: of the strong one they are off.
+        """Teachers follow their students: until iteration 1 / (1 - ema) as the plain mean of all so
+        far. The running statistics, with which the main stream will predict, are those of the weak
+        view, which the teachers see: of the strong one they are off.
         """
         for teacher, student in self._teachers():
             update_teacher(teacher, student, iteration, self.recipe.ema)

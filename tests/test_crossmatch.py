@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 import shutil
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ftdpp import checkpoint, compare, index, systems, train
+from ftdpp import checkpoint, compare, index, runs, systems, train
 from ftdpp.data import CLASS_SETS, IGNORE, Batch, Frame, collate, sample
 from ftdpp.pretrained import imagenet_weights
 from ftdpp.systems import crossmatch, image
@@ -329,7 +330,7 @@ def test_closed_gates_open() -> None:
 
 
 def test_teachers_follow() -> None:
-    system = opened(systems.build(a_recipe("ema=0.9", "dropout=0.3"))).train()
+    system = opened(systems.build(a_recipe("ema=0.8", "dropout=0.3"))).train()
     for name, module in system.named_modules():
         dropped = isinstance(module, torch.nn.Dropout) and "teacher" in name
         assert module.training != dropped, "teachers have no dropout, and their batch's statistics"
@@ -348,7 +349,7 @@ def test_teachers_follow() -> None:
     for name, (teacher, student) in pairs.items():
         both = zip(before[name], student.parameters(), teacher.parameters(), strict=True)
         for old, p, new in both:
-            assert torch.allclose(new, 0.9 * old + 0.1 * p, atol=1e-5)
+            assert torch.allclose(new, 0.8 * old + 0.2 * p, atol=1e-5)
         for mine, theirs in zip(statistics[name], student.buffers(), strict=True):
             assert torch.equal(mine, theirs), "predicts with the statistics of the weak view"
 
@@ -381,6 +382,14 @@ def test_audit_counts() -> None:
         ):
             wanted = f"{100 * len(part) / len(whole):.2f}" if whole else ""
             assert row[column] == wanted, (name, column)
+    for column, place in (("main", 0), ("auxiliary", 1)):
+        hits = total = 0
+        for batch in batches:
+            label = system.teach(batch)[place].argmax(1)
+            known = batch.label != IGNORE
+            hits += int((label == batch.label)[known].sum())
+            total += int(known.sum())
+        assert rows["all"][f"precision {column} teacher"] == f"{100 * hits / total:.2f}"
     right = sum(a == b for a, b, _ in pairs)
     assert rows["all"]["precision before"] == f"{100 * right / len(pairs):.2f}"
 
@@ -422,6 +431,89 @@ def test_deeplabv2(tmp_path: Path) -> None:
 def deep() -> Any:
     overrides = ["trunk=deeplabv2", "image=24,40", "crop=16,16"]
     return systems.recipe("gta5-cityscapes", "source-only", "small", overrides=overrides)
+
+
+# ---- from a run ----------------------------------------------------------------------------------
+
+
+def a_run(world: Path, cache: Path, out: Path, **more: Any) -> train.Run:
+    r = systems.recipe("usa-singapore", "crossmatch", "small")
+    values = {"steps": 4, "batch": 2, "val_every": 2, "image": (48, 88), "dropout": 0.0}
+    r = dataclasses.replace(r, **values)
+    places = runs.Places({s: runs.Origin("singapore", world) for s in ("tgt", "val")}, cache)
+    return runs.assemble(r, 0, out, places, **more)[0]
+
+
+def source_weights(seed: int) -> dict[str, Tensor]:
+    source = systems.build(systems.recipe("usa-singapore", "source-only", "small"), seed)
+    return source.camera_network()
+
+
+@CPU
+def test_a_run_begins_as_its_source(world: Path, cache: Path, tmp_path: Path) -> None:
+    weights = source_weights(5)
+    run = a_run(world, cache, tmp_path / "a", source=weights)
+    for network in (run.system.main, run.system.main_teacher, run.system.auxiliary.camera):
+        state = network.state_dict()
+        assert all(torch.equal(state[name], weights[name]) for name in weights)
+    rates = run.learning_rates()
+    assert (rates["all.2d"], rates["all.depth"]) == (1e-4, 5e-3)
+    before = run.system.main_teacher.head.weight.clone()
+    batches = train.Batches(run.streams, run.recipe, 0, run.indexes)[0]
+    run.learn(batches)
+    assert not torch.equal(run.system.main_teacher.head.weight, before), "the teacher follows"
+    run.out.mkdir()
+    run.save(run.last_path)
+    other = a_run(world, cache, tmp_path / "a", source=source_weights(6))
+    with pytest.raises(checkpoint.RunError, match="made with another source"):
+        other.resume()
+
+
+@CPU
+def test_validation_changes_nothing(
+    world: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither its labels nor its frames: a run that looks at itself ends as one that does not."""
+    states = []
+    for name in "ab":
+        run = a_run(world, cache, tmp_path / name, source=source_weights(5))
+        if name == "b":
+            monkeypatch.setattr(train, "_audit", lambda run: None)
+        for _ in train.fit(run):
+            pass
+        states.append(run.system.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@CPU
+def test_a_weak_view_keeps_its_colours(world: Path, cache: Path, tmp_path: Path) -> None:
+    run = a_run(world, cache, tmp_path, source=source_weights(5))
+    batch = train.Batches(run.streams, run.recipe, 0, run.indexes)[1]["target"]
+    for token, shown in zip(batch.tokens, batch.image, strict=True):
+        stored = run.indexes["target"]
+        frame = stored.frame(stored.tokens.index(token)).image
+        plain = torch.from_numpy(frame.copy()).permute(2, 0, 1) / 255
+        assert torch.equal(shown, plain) or torch.equal(shown, plain.flip(-1))
+
+
+def test_the_strong_view_has_other_colours_and_less_detail() -> None:
+    batch, rng = a_batch(), np.random.default_rng
+    for name in ("view_jitter=0.4", "view_blur=2"):
+        r = a_recipe("view_mix=0", name)
+        views = [crossmatch.strong_view(batch, r, rng(seed)).image for seed in (0, 0, 1)]
+        assert torch.equal(views[0], views[1]) and not torch.equal(views[0], views[2])
+        assert (views[0] - batch.image).abs().max() > 0.05, name
+
+
+def test_what_the_depth_encoder_sees() -> None:
+    """Inverse depth, 1 at two metres and nearer, and where there is any."""
+    encoder, seen = crossmatch.DepthEncoder((4, 4, 4)), []
+    encoder.convs[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    depth = torch.tensor([[0.0, 1.0, 2.0, 4.0, 40.0]]).view(1, 1, 1, 5)
+    encoder(depth)
+    assert seen[0].shape == (1, 2, 16, 16)
+    assert seen[0][0, 0, 0, :6].tolist() == pytest.approx([0, 1, 1, 0.5, 0.05, 0])
+    assert seen[0][0, 1, 0, :6].tolist() == [0, 1, 1, 1, 1, 0]
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -529,6 +621,36 @@ def test_equal_bytes_resume_and_export(
         assert torch.equal(*(system.predict(batch)["2d"] for system in both))
 
 
+def test_a_converted_checkpoint_is_a_source(
+    source: Path, world: Path, cache: Path, tmp_path: Path
+) -> None:
+    """`ftd convert` writes no settings of a user."""
+    path = tmp_path / "converted.safetensors"
+    meta = checkpoint.read_metadata(source / "best.safetensors")
+    del meta["given"], meta["seed"]
+    checkpoint.save(path, checkpoint.read_tensors(source / "best.safetensors", ""), meta)
+    result = adapt(path, tmp_path / "run", world, cache, steps=1)
+    assert result.exit_code == 0, result.output
+
+
+@CPU
+def test_missing_depth_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    root = dense_layouts.cityscapes(tmp_path / "cityscapes")
+    shutil.rmtree(root / "disparity" / "val")
+    first = dense_layouts.gta5(tmp_path / "gta5")
+    tiny = ("--set", "batch=2", "--cache", tmp_path / "cache", "--threads", 1, "--preset", "small")
+    size = ("--set", "image=24,40", "--set", "crop=16,16")
+    pair = ("--src", "gta5", "--tgt", "cityscapes", "--src-data", first, "--tgt-data", root)
+    result = ftd("train", *pair, *size, *tiny, "--steps", 1, "--out", tmp_path / "source")
+    assert result.exit_code == 0, result.output
+    args = ("train", "--from", tmp_path / "source", "--tgt", "cityscapes", "--data", root, *tiny)
+    result = ftd(*args, "--steps", 1, "--out", tmp_path / "run")
+    assert result.exit_code == 3 and "--set depth=none" in words(result), result.output
+    assert not (tmp_path / "run").exists()
+    result = ftd(*args, "--steps", 1, "--out", tmp_path / "run", "--set", "depth=none")
+    assert result.exit_code == 0, result.output
+
+
 @CPU
 @pytest.mark.parametrize("name", ["gta5", "synthia"])
 def test_dense_and_the_source_is_gone(name: str, tmp_path: Path) -> None:
@@ -561,7 +683,7 @@ def test_refusals(source: Path, world: Path, cache: Path, tmp_path: Path) -> Non
     for more, message in (
         (("--src", "usa"), "--src: a method without source data starts from the run that --from"),
         (("--ssda",), "--ssda: a method without source data"),
-        (("--method", "ftdpp"), "--from: ftdpp trains on source data"),
+        (("--method", "ftdpp"), "--from: ftdpp trains on labelled data"),
         (("--set", "width_2d=32"), "crossmatch does not read it: the source model decides it"),
         (("--set", "view_mix=2"), "must lie in 0..1"),
         (("--method", "self-training", "--set", "agree=false"), "it has no auxiliary stream"),
@@ -570,6 +692,17 @@ def test_refusals(source: Path, world: Path, cache: Path, tmp_path: Path) -> Non
         assert result.exit_code == 2 and message in words(result), result.output
     result = ftd("train", "--src", "usa", "--tgt", "singapore", "--method", "crossmatch")
     assert result.exit_code == 2 and "name it with --from RUN" in words(result)
+    result = ftd("train", "--tgt", "singapore", "--method", "crossmatch")
+    assert result.exit_code == 2 and "name it with --from RUN" in words(result)
+    for methods, message in (
+        (("crossmatch+pl",), "crossmatch has no second stage; drop +pl"),
+        (("crossmatch", "--ssda"), "crossmatch has no semi-supervised form"),
+    ):
+        result = ftd("compare", "--methods", *methods, "--out", out)
+        assert result.exit_code == 2 and message in words(result), result.output
+    last = source / "last.safetensors"
+    result = ftd("export", source, "--checkpoint", "last", "--out", last)
+    assert result.exit_code == 2 and "is the checkpoint itself" in words(result)
     result = adapt(tmp_path / "nothing", out, world, cache)
     assert result.exit_code == 1 and "no such run folder" in words(result)
     assert not out.exists()
@@ -590,6 +723,11 @@ def test_comparison_trains_the_source_model_first(world: Path, cache: Path, tmp_
     )
     assert [job.method for job in jobs] == ["source-only", "crossmatch"] * 2
     assert jobs[1].source == jobs[0].out and jobs[3].source == jobs[2].out
+    for methods in ("source-only+pl,crossmatch", "crossmatch,source-only+pl"):
+        mixed = compare.plan("usa-singapore", methods, "0", "small", ["width_3d=4"], tmp_path)
+        (job,) = (job for job in mixed if job.method == "crossmatch")
+        assert job.source == tmp_path / "usa-singapore-source-only[width_3d=4]-seed0"
+        assert job.out.name == "usa-singapore-crossmatch[width_3d=4]-seed0", "of another source"
     assert jobs[0].given == ("steps=3",) and jobs[1].given == ("steps=3", "depth=none")
     where = ("--data", world, "--cache", cache, "--out", tmp_path, "--threads", 1)
     args = ("compare", "--methods", "self-training,crossmatch", "--preset", "small", *where)
@@ -600,4 +738,10 @@ def test_comparison_trains_the_source_model_first(world: Path, cache: Path, tmp_
     assert [row["method"] for row in rows] == ["source-only", "self-training", "crossmatch"]
     assert list(rows[2]["miou"]) == ["2d"]
     run = next(tmp_path.glob("*crossmatch*"))
-    assert set(json.loads((run / "run.json").read_text())["origins"]) == {"tgt", "val"}
+    record = json.loads((run / "run.json").read_text())
+    assert set(record["origins"]) == {"tgt", "val"} and record["built_in"] is False
+    first = next(tmp_path.glob("*source-only*")) / "best.safetensors"
+    assert record["source"] == str(first)
+    meta = checkpoint.read_metadata(run / "last.safetensors")
+    assert meta["source"] == train.digest(checkpoint.load(first)[0].camera_network())
+    assert "reconstruction from the abstract" in words(result)
