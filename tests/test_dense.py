@@ -270,11 +270,12 @@ def test_a_missing_camera_is_counted(roots: dict[str, Path], tmp_path: Path) -> 
 
 
 def test_methods_that_need_points_say_so() -> None:
-    with pytest.raises(RecipeError, match=r"ftdpp needs LiDAR points.*source-only, target-only"):
+    with pytest.raises(RecipeError, match=r"ftdpp needs LiDAR points.*source-only, .*target-only"):
         systems.recipe("gta5-cityscapes", "ftdpp")
     with pytest.raises(RecipeError, match="it has no 3D network"):
         systems.recipe("gta5-cityscapes", "source-only", overrides=["width_3d=8"])
-    assert systems.methods_for("gta5-cityscapes") == ["source-only", "target-only"]
+    able = ["source-only", "self-training", "crossmatch", "target-only"]
+    assert systems.methods_for("gta5-cityscapes") == able
     oracle = systems.recipe("synthia-cityscapes", "target-only")
     assert (
         systems.system_of("target-only", "synthia-cityscapes").streams(oracle)["labelled"].side
