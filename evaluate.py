@@ -133,19 +133,18 @@ def evaluate(
     seen = 0
     if progress:
         progress(0, len(index), "evaluating")
+    pixels: tuple[int, int] | None = None
     originals = original_frames(index, range(len(index)))  # lazy: nothing is read for points
     for done, batch in batches_of(index, r, r.eval_batch):
         seen += len(batch.label)
         batch = batch.to(device)
         for head, predicted, label in _pairs(system.predict(batch), batch, originals):
             matrices[head] += confusion(predicted, label, len(names)).cpu()
+            pixels = (label.shape[0], label.shape[1]) if label.ndim == 2 else None
         if progress:
             progress(done, len(index), "evaluating")
     system.train(was_training)
     result = {head: iou(matrix) for head, matrix in matrices.items()}
-    pixels = None
-    if index.frame(0).xyz is None:
-        pixels = next(original_frames(index, [0])).label.shape
     labelled = matrices[heads[-1]].sum(1).tolist()  # points of each class; equal for every head
     return Score(
         domain=index.identity["domain"],
@@ -170,8 +169,8 @@ def evaluate(
 def _pairs(
     probabilities: dict[str, Tensor], batch: Batch, originals: Iterator[Frame]
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Head, predicted classes and labels. Of pixels frame by frame, at the size of the labels: the
-    probabilities are enlarged (bilinear), then the class is chosen."""
+    """Head, predicted classes and labels, (N,) of points. Of pixels (H, W) frame by frame, at the
+    size of the labels: the probabilities are enlarged (bilinear), then the class is chosen."""
     if batch.coords is not None:
         for head, prob in probabilities.items():
             yield head, prob.argmax(1), batch.label
@@ -182,7 +181,7 @@ def _pairs(
         for head, prob in probabilities.items():
             image = prob.split(batch.counts)[i].t().view(1, -1, *batch.image.shape[-2:])
             enlarged = F.interpolate(image, label.shape, mode="bilinear")
-            yield head, enlarged.argmax(1).flatten(), label.flatten()
+            yield head, enlarged.argmax(1)[0], label
 
 
 # ---- pseudo-labels -----------------------------------------------------------------------------

@@ -23,6 +23,13 @@ from ftdpp.kernels import KernelMap, Pyramid, sparse_conv, voxel_mean, voxel_to_
 # ---- 2D -----------------------------------------------------------------------------------------
 
 
+def shortcut(cin: int, cout: int, stride: int) -> nn.Module | None:
+    """What a residual block puts its input through, where shapes differ: a 1x1 convolution."""
+    if stride == 1 and cin == cout:
+        return None
+    return nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
+
+
 class BasicBlock(nn.Module):
     """Residual block of ResNet-18/34: two 3x3 convolutions (He et al., 2016, figure 5 left)."""
 
@@ -32,11 +39,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(cout)
         self.conv2 = nn.Conv2d(cout, cout, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(cout)
-        self.downsample = None
-        if stride != 1 or cin != cout:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout)
-            )
+        self.downsample = shortcut(cin, cout, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
