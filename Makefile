@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -c 'import os; print(f"[build_ext]\nparallel = {os.cpu_count()}")' > $(VENV)/build.cfg
 	CXXFLAGS='-g0 -DNDEBUG' DIST_EXTRA_CONFIG="$(abspath $(VENV))/build.cfg" \
 		$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation torch-scatter -c constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[dev,tensorboard]' -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[dev,tensorboard,clip]' -c constraints.txt
 	mkdir -p $(VENV)/typing && ln -sfn ../.. $(VENV)/typing/ftdpp  # mypy finds the flat modules under their package name
 	touch $@
 

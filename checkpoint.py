@@ -132,4 +132,10 @@ def load(path: Path, device: torch.device | str = "cpu") -> tuple[Any, dict[str,
         )
     system = build(stored_recipe(meta, path), training=False)
     load_state(system, path)
+    needs = system.frozen()
+    if needs is not None and needs != meta.get("frozen"):
+        raise RunError(
+            f"{path}: was trained with another {system.recipe.clip!r} CLIP than the one here; copy "
+            "its folder from where it was trained, or train anew"
+        )
     return system.to(device).eval(), meta

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from ftdpp.train import Run
 class Job(NamedTuple):
     """One run of a comparison."""
 
-    method: str  # NAME, or NAME+pl for a second stage
+    method: str  # as it was named: NAME, NAME[settings], with +pl for a second stage
     seed: int
     out: Path
     recipe: Any
@@ -57,6 +58,9 @@ def plan(
 
     A setting goes to the methods that read it.
 
+    Args:
+        methods: names with commas between; NAME[setting=value,...] for a method under settings of
+            its own, +pl behind a name for both stages.
     Raises:
         RecipeError: a malformed list, an unknown name, or a setting that no method reads.
     """
@@ -66,40 +70,50 @@ def plan(
             raise ValueError
     except ValueError:
         raise RecipeError(f"--seeds {seeds}: expected numbers from 0 on, as in 0,1,2") from None
-    stages: list[tuple[str, bool]] = []
-    for name in methods.split(","):
-        plain, _, stage = name.partition("+")
-        if stage not in ("", "pl"):
-            raise RecipeError(f"--methods {name}: expected NAME or NAME+pl")
+    stages: list[tuple[str, str, bool]] = []
+    for name in re.split(r",(?![^\[]*\])", methods):  # commas that are in no brackets
+        found = re.fullmatch(r"([^\[\]+]+)(?:\[([^\[\]]+)\])?(\+pl)?", name)
+        if not found:
+            raise RecipeError(
+                f"--methods {name}: expected NAME, NAME[setting=value,...], and +pl behind it for "
+                "both stages"
+            )
+        plain, own, stage = found[1], found[2] or "", bool(found[3])
         if systems.is_source_free(plain):
             if stage:
                 raise RecipeError(f"--methods {name}: {plain} has no second stage; drop +pl")
             if scenario.endswith("-ssda"):
                 raise RecipeError(f"{plain} has no semi-supervised form; drop --ssda")
-            stages.append((SOURCE_MODEL, False))
-        stages += [(plain, False), *([(plain, True)] if stage else [])]
+            stages.append((SOURCE_MODEL, "", False))
+        stages += [(plain, own, False), *([(plain, own, True)] if stage else [])]
     names, read = given_names(overrides), set()
     # Settings of some of the methods; what none has is refused by the first recipe.
     everywhere: set[str] = set()
-    for plain in {name for name, _ in stages} & systems.METHODS.keys():
+    for plain in {name for name, _, _ in stages} & systems.METHODS.keys():
         everywhere |= settings(systems.system_of(plain, scenario).Recipe).keys()
     jobs = []
     for seed in numbers:
         model: Job | None = None  # of this seed
-        for plain, second in dict.fromkeys(stages):
+        for plain, own, second in dict.fromkeys(stages):
             source = model if systems.is_source_free(plain) else None
             theirs = source.recipe if source is not None else None
             base = systems.recipe(scenario, plain, preset, second, (), theirs)
-            unread = base.lacking().keys() | (everywhere - settings(type(base)).keys())
+            # A comma before a name, not one between the numbers of a tuple.
+            chosen = [text for text in re.split(r",(?=[a-z_0-9]+=)", own) if text]
+            variant = systems.recipe(scenario, plain, preset, second, chosen, theirs)
+            lacking = base.lacking() | (variant.unread() if chosen else {})
+            unread = lacking.keys() | (everywhere - settings(type(base)).keys())
             mine = [t for n, t in zip(names, overrides, strict=True) if n not in unread]
+            read |= set(given_names(mine))
+            mine += chosen
             r = systems.recipe(scenario, plain, preset, second, mine, theirs)
             given = settings_of(r, base, given_names(mine))
-            read |= set(given_names(mine))
             named = given if source is None else runs.names_source(r, given, source.given)
             folder = out / runs.run_name(r, named, seed)
             start = source.out if source is not None else None
-            job = Job(plain + ("+pl" if second else ""), seed, folder, r, given, start)
-            model = job if plain == SOURCE_MODEL and not second else model
+            label = plain + (f"[{own}]" if own else "") + ("+pl" if second else "")
+            job = Job(label, seed, folder, r, given, start)
+            model = job if label == SOURCE_MODEL else model
             jobs.append(job)
     for name, text in zip(names, overrides, strict=True):
         if name not in read:
@@ -125,7 +139,9 @@ class Comparison:
     def places_of(self, job: Job) -> Places:
         return self.places if job.source is None else self.places.without_source()
 
-    def open(self, job: Job, pseudo: Path | None) -> tuple[Run, list[runs.Fact]]:
+    def open(
+        self, job: Job, pseudo: Path | None, progress: Progress
+    ) -> tuple[Run, list[runs.Fact]]:
         """The run of a job, resumed where it was begun before, and the decisions about it."""
         source = None
         if job.source is not None and (job.source / "best.safetensors").exists():
@@ -141,6 +157,7 @@ class Comparison:
             pretrained=self.pretrained if job.source is None else None,
             source=source,
             given=job.given,
+            progress=progress,
         )
         if run.val is None:
             why = next(reason for what, _, reason in facts if what == "validation")
@@ -172,7 +189,7 @@ class Comparison:
         notes: list[runs.Fact] = []
         for job in self.jobs:
             ready = job.pseudo if job.pseudo is not None and job.pseudo.exists() else None
-            run, found = self.open(job, ready)
+            run, found = self.open(job, ready, progress)
             work += runs.work_left(run)
             facts = max(facts, found, key=len)
             notes += [fact for fact in found if fact[0] == "NOTE" and fact not in notes]
@@ -217,7 +234,7 @@ class Comparison:
         """
         rows = []
         for job in self.jobs:
-            run, _ = self.open(job, self._labels(job, progress))
+            run, _ = self.open(job, self._labels(job, progress), progress)
             if run.iteration < run.recipe.steps or run.owed:
                 self._train(run, job, drive)
             system, meta = checkpoint.load(run.best_path, self.device)

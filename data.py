@@ -329,9 +329,7 @@ class Batch:
     keep: list[Tensor]  # for each frame, its rows in the stored frame
     counts: list[int]  # rows of each frame
     coords: Tensor | None = None  # (N, 4) i32 b, x, y, z; None: rows are pixels
-    depth: Tensor | None = (
-        None  # (B, 1, H, W) f32 metres, 0 = nothing there; where it was asked for
-    )
+    depth: Tensor | None = None  # (B, 1, H, W) f32 metres, 0 = nothing there; where asked for
     pseudo: dict[str, Tensor] = field(default_factory=dict)
     # head -> pseudo-labels (N,) i64, IGNORE where none was kept
 

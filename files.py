@@ -11,6 +11,12 @@ from pathlib import Path
 Progress = Callable[[int, int, str], None]  # done, total, what is going on
 
 
+def cache_home() -> Path:
+    """The folder of what is made once: $FTD_CACHE, or ftd in the user's cache."""
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return Path(os.environ.get("FTD_CACHE") or home / "ftd")
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Only one process at a time builds `folder`; the others wait and find it finished."""

@@ -86,6 +86,14 @@ Overlay = Annotated[
 Count = Annotated[
     int | None, typer.Option(help="How many pictures --overlay makes; default: 4.", min=1)
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Clip = Annotated[
+    str | None,
+    typer.Option(
+        help="Frozen CLIP: a folder, or a name on the hub such as openai/clip-vit-base-patch16. "
+        "Default: street, small and trained here once."
+    ),
+]
 Domain = Annotated[str, typer.Option(help="A part of a data set, e.g. usa; see the README.")]
 
 
@@ -128,6 +136,9 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         from ftdpp.train import Interrupted, NonFiniteLoss
 
         smaller = "use --preset small or a smaller --set batch=..."
+        before = os.environ.get("FTD_CACHE")
+        if kwargs.get("cache"):  # for this command, and for what asks `files.cache_home`
+            os.environ["FTD_CACHE"] = str(kwargs["cache"])
         try:
             command(*args, **kwargs)
         except (RecipeError, KernelError) as error:
@@ -151,6 +162,9 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             raise _fail(f"{what}: {error.strerror or error}", FAILED) from None
         except (Interrupted, KeyboardInterrupt) as error:
             raise _fail(str(error) or "interrupted", INTERRUPTED) from None
+        finally:
+            os.environ.pop("FTD_CACHE", None)
+            os.environ |= {"FTD_CACHE": before} if before is not None else {}
 
     return run
 
@@ -159,13 +173,10 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _cache(cache: Path | None) -> tuple[Path, str]:
-    if cache:
-        folder, why = cache, "--cache"
-    elif os.environ.get("FTD_CACHE"):
-        folder, why = Path(os.environ["FTD_CACHE"]), "$FTD_CACHE"
-    else:
-        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        folder, why = home / "ftd", "default; change it with --cache"
+    from ftdpp import files
+
+    why = "$FTD_CACHE" if os.environ.get("FTD_CACHE") else "default; change it with --cache"
+    folder, why = files.cache_home(), "--cache" if cache else why
     if folder.exists() and not folder.is_dir():
         raise _fail(f"{folder}: is a file; name a folder for prepared data ({why})", USAGE)
     return folder, why
@@ -291,7 +302,7 @@ def _tokens(frames: str | None, option: str) -> list[str] | None:
     return tokens
 
 
-def _imagenet(pretrained: str | None, r: Recipe) -> dict[str, Tensor] | None:
+def _imagenet(pretrained: str | None, *recipes: Recipe) -> dict[str, Tensor] | None:
     """The weights that --pretrained names, read before hours of preparing data and not after."""
     import torch
 
@@ -301,19 +312,29 @@ def _imagenet(pretrained: str | None, r: Recipe) -> dict[str, Tensor] | None:
 
     if not pretrained:
         return None
-    if r.width_2d != 64:
+    with torch.device("meta"):  # shapes alone
+        made = [(r, systems.build(r).encoders()) for r in recipes if r.width_2d == 64]
+    if not made:
         raise RecipeError(
             "--pretrained: ImageNet weights fit a network of width 64 only; use --preset paper"
         )
+    encoders = [encoder for _, found in made for encoder in found]
+    if not encoders:
+        raise RecipeError(f"--pretrained: {made[0][0].method} has no image encoder; drop it")
     if pretrained != "download" and not Path(pretrained).is_file():
         raise RecipeError(f"--pretrained {pretrained}: no such file; or --pretrained download")
     file = None if pretrained == "download" else pretrained
-    with torch.device("meta"):  # shapes alone
-        encoder = systems.build(r).encoders()[0]
     try:
-        return weights.imagenet_weights(encoder, file)
+        return weights.imagenet_weights(encoders[0], file)
     except (ValueError, OSError) as error:
         raise RecipeError(f"--pretrained {pretrained}: {error}") from None
+
+
+def _clip(name: str | None) -> list[str]:
+    """--clip as a setting; a folder by its full path, so that it is found from everywhere."""
+    if not name:
+        return []
+    return [f"clip={Path(name).resolve() if Path(name).is_dir() else name}"]
 
 
 def _weights_fact(pretrained: str | None) -> tuple[str, str, str]:
@@ -379,6 +400,7 @@ def train(
         Path | None, typer.Option(help="Continue the run in this folder; needs nothing else.")
     ] = None,
     pretrained: Pretrained = None,
+    clip: Clip = None,
     set_: Sets = None,
     device: Device = None,
     workers: Workers = None,
@@ -427,6 +449,7 @@ def train(
     roots = src_data or data, tgt_data or data
     preset, preset_why = _preset(preset, dev, None in roots)
     overrides = [*(set_ or []), *([f"steps={steps}"] if steps else [])]
+    overrides += _clip(clip)
     if pseudo and not pseudo.is_file():
         raise _fail(
             f"--pseudo {pseudo}: no such file; make one with: ftd pseudo RUN --out {pseudo}", USAGE
@@ -562,6 +585,7 @@ def _resume(
     place_why = "as the run began"
     if cache is not None:
         places.cache, place_why = _cache(cache)
+    os.environ["FTD_CACHE"] = str(places.cache)
     thread_choice = _threads(threads, record["threads"])
     moved = context.params["src_data"] or context.params["data"]
     if moved is not None and "src" in places.origins:
@@ -709,7 +733,7 @@ def evaluate(
         typer.Option(help="val, test or train; default: test, or the run's own --tgt-frames."),
     ] = None,
     checkpoint: Checkpoint = "best",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
     domain: Annotated[
         str | None, typer.Option(help="Domain to evaluate on; default: the run's target.")
     ] = None,
@@ -875,6 +899,7 @@ def export(
     run: RunPath,
     out: Annotated[Path, typer.Option(help="File to write, .safetensors.")],
     checkpoint: Checkpoint = "best",
+    cache: Cache = None,
 ) -> None:
     """Write a checkpoint with the networks that predict, and nothing else: no auxiliary network, no
     teacher, no optimiser. It evaluates to the same numbers."""
@@ -922,6 +947,7 @@ def compare(
     set_: Sets = None,
     ssda: SSDA = False,
     pretrained: Pretrained = None,
+    clip: Clip = None,
     out: Annotated[
         Path, typer.Option(help="Folder of the runs; finished ones are not trained again.")
     ] = Path("runs"),
@@ -945,12 +971,13 @@ def compare(
     dense = systems.is_dense(scenario)
     methods = methods or ("source-only,target-only" if dense else "source-only,ftdpp")
     overrides = [*(set_ or []), *([f"steps={steps}"] if steps else [])]
+    overrides += _clip(clip)
     jobs = comparison.plan(scenario, methods, seeds, preset, overrides, out)
     splits = _known_domain("--tgt", tgt).splits
     if "val" not in splits:
         raise _fail(f"--tgt {tgt}: has no val split to select on; use ftd train", USAGE)
     _writable(out, folder=True)
-    weights = _imagenet(pretrained, jobs[0].recipe)
+    weights = _imagenet(pretrained, *(job.recipe for job in jobs))
     built_in = _known_roots(src, tgt, roots)
     folder, folder_why = _cache(cache)
     thread_choice = _threads(threads)
@@ -983,6 +1010,62 @@ def compare(
     screen.show(screen.results(), screen.compare_table(rows, title))
     comparison.write_rows(out / "compare.json", rows)
     console.print(f"every number: {out / 'compare.json'}", soft_wrap=True)
+
+
+# ---- clip --------------------------------------------------------------------------------------
+
+
+@app.command()
+@guarded
+def clip(
+    domain: Annotated[
+        str, typer.Option(help="Whose frames are labelled, e.g. singapore.")
+    ] = "singapore",
+    name: Annotated[
+        str, typer.Option("--clip", help="street, a folder, or a name on the hub.")
+    ] = "street",
+    data: Data = None,
+    data_version: Version = None,
+    split: Annotated[str | None, typer.Option(help="Default: test, or val.")] = None,
+    preset: Preset = None,
+    set_: Sets = None,
+    as_json: AsJson = False,
+    device: Device = None,
+    threads: Threads = None,
+    cache: Cache = None,
+) -> None:
+    """What a frozen CLIP knows without any training: label frames by its texts of the classes.
+    The built-in street CLIP is trained first where it is missing."""
+    from ftdpp import evaluate as protocol
+    from ftdpp import runs, screen, systems
+    from ftdpp.systems.clip import make_ready
+    from ftdpp.systems.clip2uda import ZeroShot
+
+    console, row = screen.messages(), _known_domain("--domain", domain)
+    dev, dev_why = _device(device)
+    preset, preset_why = _preset(preset, dev, data is None)
+    r = systems.recipe(
+        f"{domain}-{domain}", "clip-source-only", preset, False, [*(set_ or []), *_clip(name)]
+    )
+    built_in = _known_roots(domain, domain, (data, data))
+    folder, thread_choice = _cache(cache)[0], _threads(threads)
+    chosen = {"preset": (preset, preset_why), "device": (dev, dev_why), "threads": thread_choice}
+    _print_choices(console, chosen, [])
+    root = data
+    if built_in:
+        root = _world(domain, domain, folder, int(thread_choice[0]), console)[0]
+    assert root is not None
+    split = split or ("test" if "test" in row.splits else "val")
+    if split not in row.splits:
+        raise _fail(f"--split {split}: {domain} has {', '.join(row.splits)}", USAGE)
+    with screen.bar(console) as tell:
+        make_ready(r.clip, tell)
+        index = runs.Origin(domain, root.resolve(), data_version).index(split, r, folder, tell)
+        score = protocol.evaluate(ZeroShot(r), index, f"CLIP {name}", dev, tell)
+    if as_json:
+        print(json.dumps({**score.as_dict(), "clip": name}))
+    else:
+        screen.show(screen.results(), screen.score_table(score, "zero-shot"))
 
 
 # ---- recipes, data -----------------------------------------------------------------------------

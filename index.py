@@ -1,7 +1,8 @@
 """The prepared index: the frames of a split, projected once, in flat memory-mapped files.
 
 `prepare` reads the frames of a split, keeps the points that fall into the image (of a dense data
-set every pixel), resizes the image and writes all; `Index.frame` reads one frame back.
+set every pixel), resizes the image and writes all; `Index.frame` reads one frame back. `few_labels`
+makes of it an index that holds the labels of few points.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ class Index:
             ) from None
         self._maps: dict[str, Array] = {}
         for name, ends in self._ends.items():
-            file = self.path / f"{name}.bin"
+            file = self._file(name)
             size = stamp(file)[1]
             if size != ends[-1]:
                 raise DataError(
@@ -128,9 +129,13 @@ class Index:
             # An empty file cannot be mapped.
             self._maps[name] = np.memmap(file, np.uint8, "r") if size else np.empty(0, np.uint8)
 
+    def _file(self, name: str) -> Path:
+        """The flat file of an array."""
+        return self.path / f"{name}.bin"
+
     def __reduce__(self) -> tuple[type[Index], tuple[Path]]:
         # A loading process maps the files itself; the arrays would travel whole.
-        return Index, (self.path,)
+        return type(self), (self.path,)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -161,6 +166,103 @@ class Index:
     def counts(self) -> Array:
         """Points per class, i64 (K,); ignored points are not in it."""
         return np.array(self.fingerprint["points_per_class"], np.int64)
+
+
+class FewLabels(Index):
+    """A prepared split with the labels of few points: the others are not in its files.
+
+    A folder in that of the whole index, with labels and a JSON file of its own. Points and images
+    are those of the whole.
+    """
+
+    def _file(self, name: str) -> Path:
+        return (self.path if name == "label" else self.path.parent) / f"{name}.bin"
+
+
+def label_order(token: str, label: Array, seed: int, balanced: bool) -> Array:
+    """The rows of a frame that have a label (n,), in the order in which they may be read.
+
+    The order of all rows is a function of the seed and the token alone; those without a label are
+    left out of it. A larger share of it holds a smaller one.
+
+    Args:
+        label: (M,) u8. balanced: the classes of the frame take turns, so the order follows from the
+        labels too; which class begins is drawn.
+    """
+    number = int.from_bytes(hashlib.sha256(token.encode()).digest()[:8], "big")
+    chance = np.random.default_rng([seed, number])
+    order = chance.permutation(len(label))
+    order = order[label[order] != UNLABELLED]
+    if balanced:
+        kind, turn = label[order], np.zeros(len(order), np.int64)
+        for c in np.unique(kind):
+            turn[kind == c] = np.arange((kind == c).sum())
+        begins = chance.permutation(UNLABELLED)
+        order = order[np.lexsort((begins[kind], turn))]
+    return order
+
+
+def few_labels(
+    index: Index, labelled: float, seed: int, balanced: bool, progress: Progress | None = None
+) -> Index:
+    """The index with the labels of some points of each frame; all other points are UNLABELLED.
+
+    It is written into the folder of the whole index on first use and checked when it is opened
+    again; one that is damaged or of other labels is written anew, and `progress` is told why. Its
+    fingerprint is its own: hidden labels change nothing in content and counts of classes.
+
+    Args:
+        labelled: a share of the labelled points of a frame, of which it has at least one; or, above
+        1, a number of points; 1: all, which is the index itself. seed, balanced: which points, see
+        `label_order`.
+    """
+    if labelled == 1:
+        return index
+    tell = progress or (lambda done, total, what: None)
+    few = {"labelled": labelled, "seed": seed, "balanced": balanced}
+    identity = {**index.identity, "few": few, "whole": index.fingerprint["content"]}
+    final = index.path / f"few-{labelled}-{'balanced-' if balanced else ''}{seed}"
+    with locked(final):
+        if final.exists():
+            why = _stale(final, identity, FewLabels)
+            if not why:
+                return FewLabels(final)
+            tell(0, len(index), f"choosing labels again, {why}")
+            shutil.rmtree(final)
+        partial = final.with_name(final.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        records = []
+        with (partial / "label.bin").open("wb") as file:
+            for i, record in enumerate(index._records):
+                if i % CHUNK == 0:
+                    tell(i, len(index), f"choosing labels of {index.title}")
+                frame = index.frame(i)
+                flat = frame.label.reshape(-1)
+                order = label_order(frame.token, flat, seed, balanced)
+                count = labelled if labelled > 1 else max(labelled * len(order), 1)
+                kept = order[: round(count)]
+                label = np.full_like(flat, UNLABELLED)
+                label[kept] = flat[kept]
+                file.write(label.tobytes())
+                frame = replace(frame, label=label.reshape(frame.label.shape))
+                classes = len(record["counts"])
+                records.append(_record(frame, record["dropped"], classes))
+            file.flush()
+            os.fsync(file.fileno())
+        tell(len(index), len(index), f"choosing labels of {index.title}")
+        fingerprint = {
+            **index.fingerprint,
+            "few": few,
+            "points_per_class": np.sum([r["counts"] for r in records], 0).tolist(),
+            "ignored": sum(r["ignored"] for r in records),
+            "content": _sha([r["sha"] for r in records]),
+            "labels": _sha((partial / "label.bin").read_bytes()),
+        }
+        meta = {"identity": identity, "fingerprint": fingerprint, "frames": records}
+        (partial / "meta.json").write_text(json.dumps(meta))
+        os.replace(partial, final)
+        return FewLabels(final)
 
 
 def require_labels(index: Index) -> None:
@@ -402,14 +504,20 @@ def prepare(
         return Index(final)
 
 
-def _stale(final: Path, identity: dict[str, Any]) -> str:
+def _stale(final: Path, identity: dict[str, Any], kind: type[Index] = Index) -> str:
     """Why a stored index cannot be used; empty if it can."""
     try:
-        stored = Index(final).identity
+        stored = kind(final)
     except DataError as error:
         return str(error)
-    changed = [key for key in identity if stored.get(key) != identity[key]]
-    return f"changed since: {', '.join(changed)}" if changed else ""
+    changed = [key for key in identity if stored.identity.get(key) != identity[key]]
+    if changed:
+        return f"changed since: {', '.join(changed)}"
+    if kind is FewLabels:
+        labels = stored._file("label")
+        if _sha(labels.read_bytes()) != stored.fingerprint["labels"]:
+            return f"{labels}: damaged"
+    return ""
 
 
 def _resume(partial: Path, identity: dict[str, Any]) -> list[Record]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -58,6 +59,27 @@ def trusted_cross_entropy(logits: Tensor, label: Tensor, trust: Tensor) -> Tenso
     """
     rows = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")
     return (rows * trust.detach()).sum() / (label != IGNORE).sum().clamp(min=1)
+
+
+def lovasz_softmax(logits: Tensor, label: Tensor) -> Tensor:
+    """Lovász-softmax (Berman et al., 2018): 1 - IoU for probabilities, mean over labelled classes.
+
+        sum_n e_n * (J(n) - J(n - 1)) of a class c, e = |[y = c] - p[:, c]| in descending order
+
+    J(n) is 1 - IoU of the class if the first n points were wrong and the others right, J(0) = 0.
+
+    Args:
+        logits: (N, K). label: (N,) int64, -100 = ignore.
+    """
+    known = label != IGNORE
+    own = F.one_hot(label[known], logits.shape[1]).to(logits)
+    error = (own - F.softmax(logits[known], 1)).abs()
+    error, order = error.sort(stable=True, dim=0, descending=True)
+    own = own.gather(0, order)
+    points = own.sum(0)
+    jaccard = 1 - (points - own.cumsum(0)) / (points + (1 - own).cumsum(0))
+    rise = torch.cat([jaccard[:1], jaccard[1:] - jaccard[:-1]])
+    return ((error * rise).sum(0) * (points > 0)).sum() / (points > 0).sum().clamp(min=1)
 
 
 def log_smoothed_weights(counts: Sequence[int]) -> tuple[float, ...]:

@@ -113,15 +113,20 @@ class UNet2D(Trunk):
     def forward(self, image: Tensor, added: Sequence[Tensor] = ()) -> Tensor:
         """added: (B, C, h, w) features of the sizes of `stages`, added to the encoder's."""
         h, w = image.shape[-2:]
+        return self.pyramid(image, added)[0][..., :h, :w]
+
+    def pyramid(self, image: Tensor, added: Sequence[Tensor], finest: int = 0) -> list[Tensor]:
+        """The decoder's maps at 1/2^finest ... 1/8 of the padded image, the encoder's at 1/16."""
+        h, w = image.shape[-2:]
         x = F.pad(image, (0, -w % 16, 0, -h % 16))
         skips = [F.relu(self.bn1(self.conv1(x)), inplace=True)]  # 1/1
         skips.append(plus(self.layer1(F.max_pool2d(skips[0], 3, 2, 1)), added, 0))  # 1/2
         skips.append(plus(self.layer2(skips[1]), added, 1))  # 1/4
         skips.append(self.dropout(plus(self.layer3(skips[2]), added, 2)))  # 1/8
-        x = self.dropout(self.layer4(skips[3]))  # 1/16
-        for i in (3, 2, 1, 0):
-            x = self.merge[i](torch.cat([skips[i], self.up[i](x)], 1))
-        return x[..., :h, :w]
+        maps = [self.dropout(self.layer4(skips[3]))]  # 1/16
+        for i in reversed(range(finest, 4)):
+            maps.append(self.merge[i](torch.cat([skips[i], self.up[i](maps[-1])], 1)))
+        return maps[::-1]
 
 
 # ---- 3D -----------------------------------------------------------------------------------------

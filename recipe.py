@@ -114,6 +114,11 @@ class Recipe:
         """Whether the run trains on the pseudo-labels of a first stage."""
         return False
 
+    @property
+    def needs_clip(self) -> str:
+        """The frozen CLIP that training looks through, by name; empty: none."""
+        return ""
+
     def check(self) -> None:
         """Raises RecipeError where a rule is broken."""
         broken = [rule for rule, holds in self.rules().items() if not holds]

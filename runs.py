@@ -19,9 +19,10 @@ from ftdpp import checkpoint, machine, readers, systems
 from ftdpp.checkpoint import RunError
 from ftdpp.evaluate import PseudoLabels
 from ftdpp.files import Progress, replacing
-from ftdpp.index import Index, prepare, require_depth, require_frames
-from ftdpp.readers import list_frames, plural
+from ftdpp.index import Index, few_labels, prepare, require_depth, require_frames
+from ftdpp.readers import DataError, list_frames, plural
 from ftdpp.recipe import Recipe, settings
+from ftdpp.systems import clip
 from ftdpp.train import Run
 
 
@@ -126,7 +127,7 @@ def title(r: Recipe, given: tuple[str, ...] = ()) -> str:
 
 def run_name(r: Recipe, given: tuple[str, ...], seed: int) -> str:
     """The name of a run's folder: usa-singapore-ftdpp[fusion=false]+pl-seed0."""
-    chosen = f"[{','.join(given)}]" if given else ""
+    chosen = f"[{','.join(given)}]".replace("/", "_") if given else ""
     return f"{r.scenario}-{r.method}{chosen}{'+pl' if r.second_stage else ''}-seed{seed}"
 
 
@@ -172,14 +173,22 @@ def assemble(
         the run, and each decision made on the way.
     """
     streams = systems.system_of(r.method, r.scenario).streams(r)
+    if r.needs_clip:
+        clip.make_ready(r.needs_clip, progress)
     for stream in streams.values():  # whatever is missing is said before anything is prepared
         places.origins[stream.side].require(stream.split)
     indexes = {
         name: places.origins[stream.side].index(stream.split, r, places.cache, progress)
         for name, stream in streams.items()
     }
+    for name, stream in streams.items():
+        if stream.few:
+            few = r.labelled, r.mask_seed, r.balanced
+            indexes[name] = few_labels(indexes[name], *few, progress)
     validation, val_reason = _validation(r, places, progress)
     for name, stream in streams.items():
+        if stream.few and validation is not None:
+            _require_hidden(indexes[name], validation)
         for index in (indexes[name], validation):  # a system may look at itself on the latter
             if stream.depth and index is not None:
                 require_depth(index)
@@ -209,8 +218,17 @@ def assemble(
     facts = [("scenario", r.scenario, scenario_reason)]
     if run.system.note:
         facts.append(("NOTE", r.method, run.system.note))
+    if r.needs_clip == clip.STREET:
+        facts.append(
+            ("CLIP", r.needs_clip, "small, trained on generated streets; --clip names one")
+        )
+    elif r.needs_clip:
+        facts.append(("CLIP", r.needs_clip, "frozen"))
     for name, stream in streams.items():
         why = "supervised loss" if stream.labels else "adaptation; its labels are never read"
+        if stream.few:
+            count = int(indexes[name].counts().sum())
+            why += f" on {plural(count, 'label')}; no other label is read"
         facts.append(_index_fact(name, indexes[name], places.origins[stream.side], why))
     for a, b, count in _shared_frames(indexes):
         facts.append(("NOTE", f"{a} and {b} share {plural(count, 'frame')}", "same root"))
@@ -265,6 +283,17 @@ def _shared_frames(indexes: dict[str, Index]) -> Iterator[tuple[str, str, int]]:
         common = set(first.tokens) & set(second.tokens)
         if common and first.identity["root"] == second.identity["root"]:
             yield a, b, len(common)
+
+
+def _require_hidden(few: Index, validation: Index) -> None:
+    """Raises DataError where validation would read labels that training may not."""
+    same_root = few.identity["root"] == validation.identity["root"]
+    common = sorted(set(few.tokens) & set(validation.tokens)) if same_root else []
+    if common:
+        raise DataError(
+            f"{plural(len(common), 'frame')} of training, first {common[0]}, would be validated "
+            "with all labels; name others with --val-frames"
+        )
 
 
 def work_left(run: Run) -> float:

@@ -136,7 +136,7 @@ class Run:
         )
         self.recipe = self._with_class_weights(self.recipe)
         self.system = systems.build(self.recipe, self.seed)
-        if self.pretrained is not None:
+        if self.pretrained is not None and self.system.encoders():
             self.pretrained_digest = digest(self.pretrained)
             for encoder in self.system.encoders():
                 found = encoder.load_state_dict(self.pretrained, strict=False)  # no decoder in it
@@ -181,6 +181,8 @@ class Run:
         for phase, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * rate
+            if self.system.resting(phase, self.iteration):
+                continue
             found = self.system(phase, batches, chance)
             optimizer.zero_grad()
             torch.stack(list(found.values())).sum().backward()
@@ -216,6 +218,7 @@ class Run:
             "pseudo": self.pseudo.meta["labels"] if self.pseudo else None,
             "pretrained": self.pretrained_digest,
             "source": self.source_digest,
+            "frozen": self.system.frozen(),
         }
 
     def save(self, path: Path) -> None:
@@ -248,8 +251,8 @@ class Run:
         """
         path = self.last_path
         meta, mine = read_metadata(path), json.loads(json.dumps(self.metadata()))
-        for key in ("seed", "data", "pseudo", "pretrained", "source"):
-            if meta[key] != mine[key]:
+        for key in ("seed", "data", "pseudo", "pretrained", "source", "frozen"):
+            if meta.get(key) != mine[key]:
                 raise RunError(
                     f"{path}: made with another {key} than this command's; the run began with what "
                     f"{self.out / 'run.json'} names; go on with that, or choose another --out"
@@ -285,7 +288,8 @@ class Run:
             optimizer.state[p][slot] = fresh
         for phase, optimizer in self.optimizers.items():
             slots = {frozenset(state) for state in optimizer.state.values()}
-            if meta["iteration"] and len(slots) != 1:
+            worked = (not self.system.resting(phase, i) for i in range(meta["iteration"]))
+            if len(slots) != any(worked):
                 raise RunError(
                     f"{self.last_path}: the state of optimizer/{phase} is not complete; the file "
                     "is damaged, begin anew"

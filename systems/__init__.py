@@ -71,6 +71,7 @@ class Stream:
     pseudo: bool = False  # whether it receives the pseudo-labels of a first stage
     depth: bool = False  # whether its batches have a depth image
     weak: bool = False  # whether its images keep their colours
+    few: bool = False  # whether it holds the labels of few points: see `index.few_labels`
 
 
 class System(nn.Module):
@@ -119,10 +120,8 @@ class System(nn.Module):
         raise TypeError("a system names its optimizers")
 
     def forward(self, phase: str, batches: dict[str, Batch], chance: Chance) -> dict[str, Tensor]:
-        """The loss terms of one update, weighted: their sum is minimised, they are logged.
-
-        Terms of different phases have different names.
-        """
+        """The weighted loss terms of one update, of another name in each phase: their sum is
+        minimised, they are logged."""
         raise TypeError("a system computes its losses")
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
@@ -134,6 +133,10 @@ class System(nn.Module):
         r = self.recipe
         return r.gamma ** sum(iteration >= milestone for milestone in r.milestones)
 
+    def resting(self, phase: str, iteration: int) -> bool:
+        """Whether a phase is left out of an iteration, from 0."""
+        return False
+
     def after_step(self, iteration: int) -> None:
         """Called after the last phase of an iteration, counted from 1."""
 
@@ -144,6 +147,10 @@ class System(nn.Module):
     def encoders(self) -> list[nn.Module]:
         """The networks that ImageNet weights go into."""
         return []
+
+    def frozen(self) -> str | None:
+        """Digest of weights that it reads and its checkpoint does not hold; None: it needs none."""
+        return None
 
     def audit(self, batches: Iterator[Batch]) -> list[dict[str, Any]]:
         """What a system measures of itself on the labelled validation split: rows of audit.csv.
@@ -188,6 +195,10 @@ METHODS: dict[str, Method] = {
     "ftdpp": Method("ftdpp", semi_supervised=True),
     "self-training": Method("crossmatch", {"auxiliary": False}, dense="crossmatch"),
     "crossmatch": Method("crossmatch", dense="crossmatch"),
+    "clip-source-only": Method("clip2uda", {"prompts": False, **_NO_MIMICRY}),
+    "clip-xmuda": Method("clip2uda", {"prompts": False}),
+    "clip2uda": Method("clip2uda"),
+    "weak": Method("weak"),
     "target-only": Method(
         "family",
         {**_XMUDA, **_NO_MIMICRY, "supervised": "target", "class_weights": ()},

@@ -1,7 +1,7 @@
 """An image network alone, on dense data sets: source-only and target-only where there is no LiDAR.
 
 `Camera` is the network: FtD++'s camera branch (ResNet-34 U-Net) or DeepLabV2. Every labelled pixel
-is a row of the loss.
+is a row of the loss. `look` is what points see in a map, between its pixels.
 """
 
 from __future__ import annotations
@@ -107,6 +107,36 @@ def camera_of(r: Any) -> Camera:
     """The network of a recipe."""
     classes = len(CLASS_SETS[r.classes])
     return Camera(r.trunk, r.width_2d, classes, r.dropout, r.precision == "bf16")
+
+
+def look(x: Tensor, frame: Tensor, place: Tensor, weight: Tensor) -> Tensor:
+    """What points see at K places each of the maps of their frames: the weighted sum (N, C).
+
+        sum over k of weight[n, k] * x[frame[n]] at place[n, k]
+
+    Between pixels bilinear; a place beyond the border counts as the nearest one on it.
+
+    Args:
+        x: (B, C, h, w). frame: (N,) int64.
+        place: (N, K, 2) row, col in pixels of the map; a pixel's centre has whole numbers.
+        weight: (N, K).
+    """
+    b, c, h, w = x.shape
+    last = place.new_tensor([h - 1, w - 1])
+    place = torch.minimum(place.clamp(min=0), last)
+    low = place.detach().floor()
+    high = torch.minimum(low + 1, last)
+    share = place - low  # of the lower right pixels
+    rows, weights = [], []
+    for y, share_y in ((low[..., 0], 1 - share[..., 0]), (high[..., 0], share[..., 0])):
+        for x_, share_x in ((low[..., 1], 1 - share[..., 1]), (high[..., 1], share[..., 1])):
+            rows.append((frame[:, None] * h + y.long()) * w + x_.long())
+            weights.append(weight * share_y * share_x)
+    flat = x.permute(0, 2, 3, 1).reshape(b * h * w, c)  # free: the maps are channels-last
+    # A weighted sum of rows without an array of all of them.
+    return F.embedding_bag(
+        torch.cat(rows, 1), flat, mode="sum", per_sample_weights=torch.cat(weights, 1)
+    )
 
 
 class System(Contract):

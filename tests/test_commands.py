@@ -62,7 +62,7 @@ PAIR = ("train", "--src", "usa", "--tgt", "singapore")
     (("compare", "--seeds", "-1"), 2, "from 0 on"),
     (("compare", "--out", "/proc/x"), 2, "/proc/x: cannot be written"),
     (("compare", "--seeds", "a"), 2, "--seeds"),
-    (("compare", "--methods", "ftdpp+x"), 2, "NAME+pl"),
+    (("compare", "--methods", "ftdpp+x"), 2, "+pl behind it"),
     (("compare", "--methods", "source-only", "--set", "ema=0.9"), 2, "none of source-only reads"),
     (("compare", "--ssda", "--methods", "source-only"), 2, "no semi-supervised form"),
     (("compare", "--preset", "small", "--pretrained", "download"), 2, "width 64 only"),

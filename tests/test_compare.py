@@ -27,6 +27,21 @@ def test_plan() -> None:
     assert jobs[1].out == Path("runs/usa-singapore-ftdpp[batch=2,ema=0.9]-seed0")
     assert jobs[2].out.name == "usa-singapore-ftdpp[batch=2,pseudo_detach=false,ema=0.9]+pl-seed0"
     assert jobs[2].title == "ftdpp, batch=2, pseudo_detach=false, ema=0.9, second stage"
+    variants = "ftdpp[fusion=false,dropout=0.1,0.2],ftdpp[distill_single=0,distill_fused=0]+pl"
+    chosen = ["batch=2", "ema=0.9"]
+    jobs = compare.plan("usa-singapore", variants, "0", "small", chosen, Path("runs"))
+    assert [j.out.name for j in jobs] == [
+        "usa-singapore-ftdpp[batch=2,fusion=false,dropout=0.1,0.2,ema=0.9]-seed0",
+        "usa-singapore-ftdpp[batch=2,distill_single=0.0,distill_fused=0.0]-seed0",
+        "usa-singapore-ftdpp[batch=2,distill_single=0.0,distill_fused=0.0]+pl-seed0",
+    ], "a setting goes to those of a method's variants that read it"
+    assert [j.method for j in jobs][1:] == [
+        "ftdpp[distill_single=0,distill_fused=0]",
+        "ftdpp[distill_single=0,distill_fused=0]+pl",
+    ]
+    for text, match in (("ftdpp[", "NAME"), ("ftdpp[ema=0.9]x", "NAME"), ("xmuda[ema=1]", "ema")):
+        with pytest.raises(RecipeError, match=match):
+            compare.plan("usa-singapore", text, "0", "small", [], Path("runs"))
     with pytest.raises(RecipeError, match="none of source-only reads it"):
         compare.plan("usa-singapore", "source-only", "0", "small", ["ema=0.9"], Path("runs"))
 

@@ -63,3 +63,42 @@ def test_kl_divergence(logits: Tensor) -> None:
     assert torch.allclose(ours, (logits.softmax(1) - target) / 13)
     assert theirs is None, "the target takes no gradient"
     assert losses.kl_divergence(target[:0], logits[:0]).item() == 0
+
+
+LABEL = torch.tensor([0, 1, 2, 3, 3, 0, 0, 1, IGNORE, IGNORE, 2, 2, 3])  # of six classes, four
+
+
+def test_lovasz_softmax(logits: Tensor) -> None:
+    """Class by class, the points by their errors, with the IoU of sets."""
+    known = [n for n, y in enumerate(LABEL.tolist()) if y != IGNORE]
+    total = 0.0
+    for c in range(4):
+        own = {n for n in known if LABEL[n] == c}
+        errors = {n: abs((n in own) - probs(logits[n])[c]) for n in known}
+        wrong: set[int] = set()
+        last = 0.0
+        for n in sorted(known, key=lambda n: -errors[n]):
+            wrong.add(n)
+            jaccard = 1 - len(own - wrong) / len(own | wrong)
+            total += errors[n] * (jaccard - last)
+            last = jaccard
+    found = losses.lovasz_softmax(logits, LABEL)
+    assert found.item() == pytest.approx(total / 4, rel=1e-12)
+    assert torch.autograd.gradcheck(lambda x: losses.lovasz_softmax(x, LABEL), logits)
+
+
+def test_lovasz_softmax_of_certain_points_is_the_jaccard_loss() -> None:
+    said = torch.tensor([0, 0, 2, 3, 3, 0, 1, 1, 4, 5, 2, 3, 0])
+    known, total = LABEL != IGNORE, 0.0
+    for c in range(4):
+        a, b = (said == c) & known, c == LABEL
+        total += 1 - ((a & b).sum() / (a | b).sum()).item()
+    sure = 1e3 * torch.nn.functional.one_hot(said, 6).double()
+    assert losses.lovasz_softmax(sure, LABEL).item() == pytest.approx(total / 4)
+
+
+def test_lovasz_softmax_without_labels(logits: Tensor) -> None:
+    out = losses.lovasz_softmax(logits, torch.full((13,), IGNORE))
+    assert out.item() == 0
+    (grad,) = torch.autograd.grad(out, logits)
+    assert not grad.any()

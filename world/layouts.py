@@ -10,10 +10,12 @@ import shutil
 import signal
 import threading
 from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ftdpp import files
 from ftdpp.world import dense, nuscenes, points
@@ -104,7 +106,22 @@ def _partial(root: Path) -> Path:
     return root.with_name(f".{root.name}.partial")
 
 
-def _build(root: Path, plan: Plan, workers: int, progress: files.Progress | None) -> None:
+@contextmanager
+def in_processes(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """A `map` by as many processes; by none beside this one where one is enough."""
+    if count < 2:
+        yield map
+        return
+    # Spawned, not forked: the caller may hold threads or a CUDA context.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(count, context, _die_with_parent)
+    try:
+        yield pool.map
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _build(root: Path, plan: Plan, processes: int, progress: files.Progress | None) -> None:
     """Builds the world, on top of what a killed build of the same plan left."""
     # plan.json tells one plan from another, and is gone from the finished world.
     partial = _partial(root)
@@ -116,18 +133,10 @@ def _build(root: Path, plan: Plan, workers: int, progress: files.Progress | None
     sets = shots_of(plan)
     shots = [shot for part in sets.values() for shot in part]
     homes = [partial / folder for folder, part in sets.items() for _ in part]
-    # Spawned, not forked: the caller may hold threads or a CUDA context.
-    context = multiprocessing.get_context("spawn")
-    workers = min(workers, len(shots))
-    pool = ProcessPoolExecutor(workers, context, _die_with_parent) if workers > 1 else None
-    try:
-        written = pool.map(_write, homes, shots) if pool else map(_write, homes, shots)
-        for done, _ in enumerate(written, 1):
+    with in_processes(min(processes, len(shots))) as mapped:
+        for done, _ in enumerate(mapped(_write, homes, shots), 1):
             if progress:
                 progress(done, len(shots), "building the street world")
-    finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
     for folder, part in sets.items():
         for name, text in LAYOUTS[part[0].world].tables(part).items():
             _put(partial / folder / name, text.encode())

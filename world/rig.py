@@ -20,7 +20,7 @@ from ftdpp.readers.base import Array, unit_rotation
 from ftdpp.world.cast import Camera, Picture, Pose, photo
 from ftdpp.world.scene import TABLES, WORLDS, Scene
 
-_OPTICAL = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])  # from a camera's frame to the car's
+OPTICAL = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])  # from a camera's frame to the car's
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Layout(ABC):
         return {}
 
     def camera_pose(self, shot: Shot, scene: Scene) -> Pose:
-        return mounted(ego_pose(scene, shot), np.array(self.row["eye"]), _OPTICAL)
+        return mounted(ego_pose(scene, shot), np.array(self.row["eye"]), OPTICAL)
 
     def look(self, shot: Shot, scene: Scene) -> Picture:
         """What the camera of a frame sees, undistorted."""
