@@ -1044,9 +1044,8 @@ def clip(
     console, row = screen.messages(), _known_domain("--domain", domain)
     dev, dev_why = _device(device)
     preset, preset_why = _preset(preset, dev, data is None)
-    r = systems.recipe(
-        f"{domain}-{domain}", "clip-source-only", preset, False, [*(set_ or []), *_clip(name)]
-    )
+    # Of this method only class set, image size and batch: all data sets have it.
+    r = systems.recipe(f"{domain}-{domain}", "target-only", preset, overrides=set_ or [])
     built_in = _known_roots(domain, domain, (data, data))
     folder, thread_choice = _cache(cache)[0], _threads(threads)
     chosen = {"preset": (preset, preset_why), "device": (dev, dev_why), "threads": thread_choice}
@@ -1059,9 +1058,9 @@ def clip(
     if split not in row.splits:
         raise _fail(f"--split {split}: {domain} has {', '.join(row.splits)}", USAGE)
     with screen.bar(console) as tell:
-        make_ready(r.clip, tell)
+        looker = make_ready(name, tell)
         index = runs.Origin(domain, root.resolve(), data_version).index(split, r, folder, tell)
-        score = protocol.evaluate(ZeroShot(r), index, f"CLIP {name}", dev, tell)
+        score = protocol.evaluate(ZeroShot(r, looker), index, f"CLIP {name}", dev, tell)
     if as_json:
         print(json.dumps({**score.as_dict(), "clip": name}))
     else:

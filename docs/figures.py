@@ -1,26 +1,32 @@
-"""Makes the README's figure and pictures: python docs/figures.py RUN WORLD
+"""Makes the figure and the pictures of these pages:
+
+    python docs/figures.py RUN WORLD [--clip RUNS] [--weak RUN]
 
 RUN is a run folder of `ftd train` on day -> night; that of the README was made by
 
     ftd train --src day --tgt night --preset small --threads 1 --out RUN
 
-WORLD is a folder in which six small street worlds are kept, written on first use. Without arguments
-only the figure is made, which needs neither.
+WORLD is a folder in which six small street worlds are kept, written on first use. RUNS is the
+folder of a comparison of clip-source-only and clip2uda on day -> night, RUN after --weak a run of
+`weak`. Without arguments only the figure is made, which needs none of them.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import ftdpp
 from ftdpp import inference, report, runs
-from ftdpp.data import CLASS_SETS, Frame
-from ftdpp.index import original_frames, prepare
+from ftdpp.data import CLASS_SETS, UNLABELLED, Frame
+from ftdpp.index import Index, few_labels, original_frames, prepare
 from ftdpp.readers import domains
+from ftdpp.systems import clip2uda
 from ftdpp.world import layouts
 
 HERE = Path(__file__).resolve().parent
@@ -157,6 +163,8 @@ SHOWN = {
     "cityscapes": (4, "cityscapes19"),
 }
 TILE, COLUMNS = (240, 135), 5  # width, height
+NIGHT, LEARNED = 8, 40  # a frame of day -> night's test split; a frame of weak's training split
+PANEL = (520, 292)
 TESTED = (8, 60)  # frames of the target's test split: beside its labels, and with errors
 
 
@@ -215,24 +223,85 @@ def world(folder: Path) -> Image.Image:
 
 def predictions(run: Path) -> tuple[Image.Image, Image.Image]:
     """A prediction beside the truth, and on another frame where it is wrong."""
-    record = runs.read_record(run)
-    assert record is not None, f"{run}: there is no run.json"
-    system = ftdpp.load(run)
-    target = runs.recorded_places(record).origins["tgt"]
-    index = target.index("test", system.recipe, Path(record["cache"]))
+    system, index = opened(run, "test")
+    domain = index.identity["domain"]
     pages = []
     for i, shown in zip(TESTED, (slice(0, 2), slice(2, 3)), strict=True):
         [label] = inference.predict_frames(system, index, range(i, i + 1))
         [frame] = original_frames(index, [i])
-        title = f"{target.domain} test: {system.recipe.method}, {system.recipe.steps} iterations"
+        title = f"{domain} test: {system.recipe.method}, {system.recipe.steps} iterations"
         pages.append(report.page(frame, report.panels_of(frame, label)[shown], NAMES, title, 1280))
     return pages[0], pages[1]
+
+
+def grid(tiles: dict[str, Image.Image], columns: int) -> Image.Image:
+    """Pictures of one size with their names, row by row."""
+    (width, height), gap, font = next(iter(tiles.values())).size, 6, ImageFont.load_default(size=17)
+    rows = -(-len(tiles) // columns)
+    size = columns * (width + gap) - gap, rows * (height + gap) - gap
+    out = Image.new("RGB", size, report.BACKGROUND)
+    draw = ImageDraw.Draw(out)
+    for i, (name, tile) in enumerate(tiles.items()):
+        x, y = i % columns * (width + gap), i // columns * (height + gap)
+        out.paste(tile, (x, y))
+        draw.text((x + 10, y + 6), name, report.INK, font, stroke_width=2, stroke_fill=report.DARK)
+    return out
+
+
+def opened(run: Path, split: str) -> tuple[Any, Index]:
+    """The system of a run, and the index of a split of its target."""
+    record = runs.read_record(run)
+    assert record is not None, f"{run}: there is no run.json"
+    system = ftdpp.load(run)
+    target = runs.recorded_places(record).origins["tgt"]
+    return system, target.index(split, system.recipe, Path(record["cache"]))
+
+
+def drawn(frame: Frame, label: np.ndarray) -> Image.Image:
+    """Labels of a frame's points, where the camera sees them."""
+    return labels_picture(replace(frame, label=label), NAMES).resize(PANEL)
+
+
+def clip_picture(folder: Path) -> Image.Image:
+    """A night: what CLIP knows, what it learns on days, what it learns with nights, the truth."""
+    source, index = opened(folder / "day-night-clip-source-only-seed0", "test")
+    adapted, _ = opened(folder / "day-night-clip2uda-seed0", "test")
+    alone = clip2uda.ZeroShot(source.recipe, source.clip)
+    [frame] = original_frames(index, [NIGHT])
+    tiles = {"night": Image.fromarray(frame.image).resize(PANEL)}
+    shown = {"CLIP alone": alone, "source only": source, "CLIP2UDA": adapted}
+    for name, system in shown.items():
+        [label] = inference.predict_frames(system.eval(), index, range(NIGHT, NIGHT + 1))
+        tiles[name] = drawn(frame, label)
+    tiles["truth"] = drawn(frame, frame.label)
+    return grid(tiles, 2)
+
+
+def weak_picture(run: Path) -> Image.Image:
+    """A frame of training: its few labels, what was learned, the truth that nobody saw."""
+    system, whole = opened(run, "train")
+    r = system.recipe
+    few = few_labels(whole, r.labelled, r.mask_seed, r.balanced)
+    [frame] = original_frames(whole, [LEARNED])
+    [label] = inference.predict_frames(system, whole, range(LEARNED, LEARNED + 1))
+    given = few.frame(LEARNED).label
+    image, colours = Image.fromarray(frame.image).resize(PANEL), report.palette(NAMES)
+    draw, scale = ImageDraw.Draw(image), PANEL[1] / frame.image.shape[0]
+    assert frame.pixel is not None
+    for i in np.flatnonzero(given != UNLABELLED):
+        row, col = frame.pixel[i] * scale
+        draw.ellipse((col - 7, row - 7, col + 7, row + 7), colours[given[i]], report.INK, 2)
+    count = int((given != UNLABELLED).sum())
+    tiles = {f"{count} labels": image, "prediction": drawn(frame, label)}
+    return grid(tiles | {"truth": drawn(frame, frame.label)}, 3)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", nargs="?", type=Path)
     parser.add_argument("world", nargs="?", type=Path)
+    parser.add_argument("--clip", type=Path)
+    parser.add_argument("--weak", type=Path)
     args = parser.parse_args()
     (HERE / "ftdpp.svg").write_text(figure())
     if args.run is not None:
@@ -240,6 +309,10 @@ def main() -> None:
             save(picture, f"{name}.jpg")
     if args.world is not None:
         save(world(args.world), "world.jpg")
+    if args.clip is not None:
+        save(clip_picture(args.clip), "clip2uda.jpg")
+    if args.weak is not None:
+        save(weak_picture(args.weak), "weak.jpg")
 
 
 if __name__ == "__main__":

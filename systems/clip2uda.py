@@ -415,9 +415,9 @@ class ZeroShot(Contract):
 
     heads = ("2d",)
 
-    def __init__(self, r: Any) -> None:
+    def __init__(self, r: Any, looker: FrozenCLIP) -> None:
         super().__init__(r)
-        self.clip = clip.load(r.clip)
+        self.clip = looker
 
     def predict(self, batch: Batch) -> dict[str, Tensor]:
         seen = self.clip.look(batch.image)

@@ -38,7 +38,7 @@ REAL_LOAD = clip.load
 class SmallClip:
     """With the interface of `clip.FrozenCLIP`: what it sees is the colours of patches."""
 
-    width, dim, patch, digest = 8, 12, 8, "small"
+    width, dim, patch, digest, scale = 8, 12, 8, "small", 1 / 0.07
 
     def __init__(self) -> None:
         rng = torch.Generator().manual_seed(3)
@@ -502,7 +502,7 @@ def terms_by_hand(system: Any, batch: Batch) -> dict[str, float]:
         terms[name] = -sum(weights[label[n]] * log_prob[n, label[n]].item() for n in known) / total
         rows = [label[n] for n in known]
         terms[name] += r.lovasz * lovasz_by_hand(log_prob[known].exp(), rows)
-    taught = [IGNORE] * n_points
+    taught, like = [IGNORE] * n_points, []
     for n, (b, (y, x)) in enumerate(
         zip(batch.batch_index.tolist(), batch.pixel.tolist(), strict=True)
     ):
@@ -512,14 +512,19 @@ def terms_by_hand(system: Any, batch: Batch) -> dict[str, float]:
         cosine = sum(u * v for u, v in zip(a, m, strict=True)) / math.hypot(*a) / math.hypot(*m)
         terms["cosine"] += r.cosine * (1 - cosine) / n_points
         cosine_here = seen_by_hand(cosines.double(), b, (y + 0.5) / 8 - 0.5, (x + 0.5) / 8 - 0.5)
-        sure = (cosine_here / 0.07).softmax(0)
-        c = int(sure.argmax())
-        agrees = sure[c] >= r.text_threshold and int(teacher[n].argmax()) == c
-        if agrees and label[n] == IGNORE:
+        like.append((cosine_here / 0.07).softmax(0))
+    best = [(p.max().item(), int(p.argmax())) for p in like]
+    for n, (sure, c) in enumerate(best):
+        mine = sorted(other for other, k in best if k == c)
+        median = mine[(len(mine) - 1) // 2]  # of the first iteration: there is no earlier one
+        enough = sure >= min(median, r.text_threshold) - 1e-6
+        if enough and int(teacher[n].argmax()) == c and label[n] == IGNORE:
             taught[n] = c
     kept = [n for n in range(n_points) if taught[n] != IGNORE]
     assert 4 < len(kept) < n_points - len(known) - 4, len(kept)
-    terms["text"] = -r.text * sum(student[n, taught[n]].item() for n in kept) / len(kept)
+    total = sum(weights[taught[n]] for n in kept)
+    terms["text"] = -r.text * sum(weights[taught[n]] * student[n, taught[n]].item() for n in kept)
+    terms["text"] /= total
     for n in (*known, *kept):
         c = taught[n] if label[n] == IGNORE else label[n]
         exponents = [(told[n] @ t.double()).item() / r.temperature for t in texts]
@@ -576,7 +581,7 @@ def test_who_learns_from_what() -> None:
     ("overrides", "terms", "parts"),
     [
         (OFF, {"seg_3d"}, {"student"}),
-        (("transfer=none", "contrast=0"), {"seg_3d", "text"}, {"student", "teacher"}),
+        (("transfer=none", "contrast=0"), {"seg_3d", "text"}, {"student", "teacher", "thresholds"}),
         (("transfer=none", "text=0"), {"seg_3d", "contrast"}, {"student", "to_text"}),
         (
             ("text=0", "contrast=0", "distill=0", "lovasz=0"),
@@ -591,7 +596,7 @@ def test_who_learns_from_what() -> None:
         (
             (),
             {"seg_3d", "seg_fused", "distill", "text", "contrast"},
-            {"student", "teacher", "camera", "transfer", "fusion", "to_text"},
+            {"student", "teacher", "camera", "transfer", "fusion", "to_text", "thresholds"},
         ),
     ],
 )
@@ -635,22 +640,24 @@ def test_which_pseudo_labels_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     sure[:, 2] = 0.95
     sure[4] = torch.tensor([0.69, 0.31, 0, 0, 0, 0])
     sure[5] = torch.tensor([0.71, 0.29, 0, 0, 0, 0])
+    sure[7] = torch.tensor([0.51, 0.49, 0, 0, 0, 0])  # below the median of its class
     monkeypatch.setattr(weak, "pixel_to_point", lambda *a: sure.log())
     logits = torch.zeros(n, K)
     logits[:, 2] = 1
-    logits[4:6] = torch.tensor([1.0, 0, 0, 0, 0, 0])
+    logits[[4, 5, 7]] = torch.tensor([1.0, 0, 0, 0, 0, 0])
     logits[6, 3] = 2  # the teacher disagrees
     monkeypatch.setattr(weak.Student, "forward", lambda self, *unused: (None, logits))
     found = system.taught(batch, None).tolist()
     wanted = [2] * n
-    wanted[0] = wanted[COUNTS[0]] = wanted[4] = wanted[6] = IGNORE  # two have a label already
-    wanted[5] = 0
+    wanted[0] = wanted[COUNTS[0]] = wanted[6] = wanted[7] = IGNORE  # two have a label already
+    wanted[4] = wanted[5] = 0  # the median of the class is 0.69, less than 0.7
     assert found == wanted
 
 
 def test_without_a_label_in_the_batch() -> None:
     """As after a crop that holds none of the labelled points."""
-    system = systems.build(a_recipe("text_threshold=1"))
+    system = systems.build(a_recipe("text_threshold=1", "threshold_decay=1"))
+    system.thresholds.median.fill_(1)  # and no text is so sure
     terms = system("all", {"labelled": a_batch(labelled=0)}, systems.Chance(0, 0))
     assert terms["seg_3d"] == terms["seg_fused"] == terms["text"] == terms["contrast"] == 0
     sum(terms.values()).backward()
