@@ -227,11 +227,19 @@ def _preset(name: str | None, device: Any, built_in: bool) -> tuple[str, str]:
     return "small", "two CPU cores train it in minutes"
 
 
+RUN_FILES = {
+    *("last.safetensors", "best.safetensors", "run.json"),
+    *("log.csv", "val.csv", "audit.csv"),
+}
+
+
 def _writable(path: Path, folder: bool = False) -> None:
     """Refuses a file (or folder) that cannot be written, before hours of work would be lost."""
     place = path if folder else path.parent
     if path.is_dir() and not folder:
         raise _fail(f"{path}: is a folder; name a file", USAGE)
+    if path.name in RUN_FILES and (path.parent / "run.json").is_file():
+        raise _fail(f"{path}: is a run's own file, which would be lost; name another", USAGE)
     # Tried in the part of it that is there: a command that is refused leaves nothing behind.
     there = next(p for p in (place, *place.absolute().parents) if p.exists())
     try:
@@ -908,7 +916,7 @@ def export(
 
     _writable(out)
     path = _checkpoint(run, checkpoint)
-    if out.resolve() == path.resolve():
+    if out.resolve() == path.resolve():  # one that lies in no run's folder
         raise _fail(f"--out {out}: is the checkpoint itself; name another file", USAGE)
     system, meta = files.load(path)
     tensors = {f"system/{name}": tensor for name, tensor in system.state_dict().items()}

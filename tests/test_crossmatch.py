@@ -702,7 +702,7 @@ def test_refusals(source: Path, world: Path, cache: Path, tmp_path: Path) -> Non
         assert result.exit_code == 2 and message in words(result), result.output
     last = source / "last.safetensors"
     result = ftd("export", source, "--checkpoint", "last", "--out", last)
-    assert result.exit_code == 2 and "is the checkpoint itself" in words(result)
+    assert result.exit_code == 2 and "a run's own file" in words(result)
     result = adapt(tmp_path / "nothing", out, world, cache)
     assert result.exit_code == 1 and "no such run folder" in words(result)
     assert not out.exists()

@@ -178,6 +178,15 @@ def test_library_predicts_what_the_evaluation_does(
 # ---- pseudo-labels -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["last.safetensors", "best.safetensors", "log.csv", "run.json"])
+def test_no_command_overwrites_a_run(name: str, finished: Path) -> None:
+    before = (finished / name).read_bytes()
+    for command in ("pseudo", "export"):
+        result = ftd(command, finished, "--out", finished / name)
+        assert result.exit_code == 2 and "a run's own file" in words(result)
+    assert (finished / name).read_bytes() == before
+
+
 def test_pseudo_labels_and_second_stage(
     finished: Path, world: Path, cache: Path, tmp_path: Path
 ) -> None:
