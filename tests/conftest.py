@@ -15,6 +15,8 @@ from ftdpp.world import layouts
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, and nobody waits for it
+
 FRAMES = {"source": 4, "target": 8, "val": 2, "test": 2}  # 8: its second scene is a labelled one
 
 
