@@ -467,6 +467,9 @@ def train(
         method = method or "crossmatch"
     method = method or ("source-only" if systems.is_dense(scenario) else "ftdpp")
     theirs = source.recipe if source is not None else None
+    known = method in systems.METHODS
+    if clip and known and "clip" not in recipe.settings(systems.system_of(method, scenario).Recipe):
+        raise _fail(f"--clip {clip}: {method} looks through no CLIP; drop it", USAGE)
     r = systems.recipe(scenario, method, preset, pseudo is not None, overrides, theirs)
     if source is not None and not systems.is_source_free(method):
         raise _fail(

@@ -59,6 +59,8 @@ PAIR = ("train", "--src", "usa", "--tgt", "singapore")
     ((*PAIR, "--data", "NONE/nowhere"), 3, "nowhere: there is no such folder"),
     (("train", "--src", "usa", "--tgt", "skitti"), 2, "--data"),
     (("train", "--src", "usa", "--tgt", "night"), 2, "no built-in world for usa -> night"),
+    ((*PAIR, "--method", "xmuda", "--clip", "street"), 2, "xmuda looks through no CLIP; drop it"),
+    (("compare", "--clip", "street"), 2, "unknown setting 'clip'"),
     (("compare", "--seeds", "-1"), 2, "from 0 on"),
     (("compare", "--out", "/proc/x"), 2, "/proc/x: cannot be written"),
     (("compare", "--seeds", "a"), 2, "--seeds"),
