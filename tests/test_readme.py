@@ -20,13 +20,13 @@ from ftdpp.docs import figures, tree
 from ftdpp.ftd import app
 from ftdpp.readers import Calib
 from ftdpp.systems import METHODS, Method
-from ftdpp.systems.ftdpp import Recipe
 from ftdpp.tests.commands import TINY, ftd, train_args
 from ftdpp.tests.toy import Toy, write_toy
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+PAGES = {page.stem: page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))}
 
 pytestmark = pytest.mark.usefixtures("on_a_cpu")
 
@@ -98,12 +98,25 @@ def test_a_command_that_is_wrong_would_be_found() -> None:
 
 
 def test_every_setting_that_the_text_names_exists() -> None:
-    named = set(re.findall(r"--set ([a-z]\w*)=", README + CONTRIBUTING)) - {
-        "entropy"
-    }  # the example's own
+    text = "".join([README, CONTRIBUTING, *PAGES.values()])
+    named = set(re.findall(r"--set ([a-z]\w*)=", text)) - {"entropy"}  # the example's own
     assert len(named) > 8
-    known = {Recipe, *(systems.system_of(m, "gta5-cityscapes").Recipe for m in DENSE)}
-    assert named <= {name for settings in known for name in recipe.settings(settings)}
+    made = {systems.system_of(name, "usa-singapore").Recipe for name in METHODS}
+    made |= {systems.system_of(name, "gta5-cityscapes").Recipe for name in DENSE}
+    assert named <= {name for settings in made for name in recipe.settings(settings)}
+
+
+@pytest.mark.parametrize("name", ["clip2uda", "weak"])
+def test_a_system_s_page_lists_its_settings(name: str) -> None:
+    """Each of its own."""
+    table = PAGES[name].split("| setting | default | meaning |")[1].split("\n\n")[0]
+    names = [row.split("|")[1] for row in table.strip().splitlines()[1:]]
+    listed = set(re.findall(r"`(\w+)`", "".join(names)))
+    r = systems.recipe("usa-singapore", name)
+    own = recipe.settings(type(r)).keys() - recipe.settings(recipe.Recipe).keys()
+    missing = own - listed - {"dropout", "ema"}  # FtD++'s own, described there
+    assert not missing, f"docs/{name}.md says nothing of {missing}"
+    assert listed <= recipe.settings(type(r)).keys()
 
 
 @pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
@@ -119,7 +132,7 @@ def test_links_lead_somewhere(text: str) -> None:
 
 
 def test_prose_is_not_too_wide() -> None:
-    for text in (README, CONTRIBUTING):
+    for text in (README, CONTRIBUTING, *PAGES.values()):
         fenced = False
         for line in text.splitlines():
             fenced ^= line.startswith("```")
@@ -134,7 +147,8 @@ def test_prose_is_not_too_wide() -> None:
 def test_pictures() -> None:
     """They are there, small and readable; the figure is what docs/figures.py draws."""
     names = re.findall(r"!\[[^\]]+\]\((docs/[^)]+)\)", README)
-    assert len(names) == 4
+    assert len(names) == 5
+    names += [f"docs/{n}" for t in PAGES.values() for n in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", t)]
     for name in names:
         assert (ROOT / name).stat().st_size < 200_000, name
         if name.endswith(".jpg"):
