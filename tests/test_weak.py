@@ -4,7 +4,6 @@ who learns from what, and the command."""
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -24,7 +23,7 @@ from ftdpp.index import FewLabels, Index, few_labels, label_order
 from ftdpp.models import UNet2D
 from ftdpp.readers import DataError
 from ftdpp.systems import clip, weak
-from ftdpp.tests.commands import TINY, ftd, same_bytes, words
+from ftdpp.tests.commands import TINY, exported, ftd, same_bytes, stopped_in, words
 from ftdpp.tests.test_clip import write_clip
 
 HEIGHT, WIDTH, COUNTS, K = 37, 52, (40, 23), 6
@@ -744,15 +743,7 @@ def test_equal_bytes_resume_and_export(world: Path, cache: Path, tmp_path: Path)
         assert result.exit_code == 0, result.output
     assert same_bytes(tmp_path / "a", tmp_path / "b")
     assert "reconstruction from the abstract" in words(result) and "+3.8 mIoU" in words(result)
-    with pytest.MonkeyPatch.context() as patch:
-        learn, done = train.Run.learn, []
-
-        def stopping(run: Any, batches: Any) -> Any:
-            done.append(run)
-            run.stop = len(done) == 3
-            return learn(run, batches)
-
-        patch.setattr(train.Run, "learn", stopping)
+    with stopped_in(3):
         result = train_weak(tmp_path / "c", world, cache)
     assert result.exit_code == 130 and "--resume" in words(result)
     result = ftd("train", "--resume", tmp_path / "c")
@@ -760,19 +751,11 @@ def test_equal_bytes_resume_and_export(world: Path, cache: Path, tmp_path: Path)
     assert same_bytes(tmp_path / "a", tmp_path / "c")
 
     run, out = tmp_path / "a", tmp_path / "student.safetensors"
-    result = ftd("export", run, "--out", out)
-    assert result.exit_code == 0, result.output
+    where = ("--data", world, "--domain", "singapore", "--cache", cache)
+    score = exported(run, out, *where)
     names = checkpoint.read_tensors(out, "").keys()
     assert {name.split(".")[0] for name in names} == {"system/student"}
-    where = ("--data", world, "--domain", "singapore", "--cache", cache, "--json")
-    found = []
-    for path in (run, out):
-        result = ftd("eval", path, *where)
-        assert result.exit_code == 0, result.output
-        found.append(json.loads(result.stdout[result.stdout.index("{") :]))
-        found[-1].pop("checkpoint")
-    assert found[0] == found[1] and found[0]["method"] == "weak" and found[0]["split"] == "test"
-    assert list(found[0]["miou"]) == ["3d"]
+    assert score["method"] == "weak" and score["split"] == "test" and list(score["miou"]) == ["3d"]
     both = [checkpoint.load(path)[0] for path in (run / "best.safetensors", out)]
     batch = a_batch()
     with torch.no_grad():
