@@ -7,7 +7,9 @@ metadata "ftd"                   JSON: format, recipe, iteration, ...
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,14 @@ FORMAT = 2  # of checkpoints and pseudo-label files
 
 class RunError(Exception):
     """The run cannot go on as asked: what was found, what was expected and what to type."""
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors, in the order of their names."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        total.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()
 
 
 def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:

@@ -1,37 +1,46 @@
-"""Many runs, one table: several methods with several seeds, selected on val, compared on test."""
+"""Many runs, one table: methods x scenarios x seeds, selected on val, compared on test.
+
+Every run has a folder of its own, named by what it is: a run that is there (from `ftd train`, or
+from a comparison that was interrupted) is continued or taken as it is.
+"""
 
 from __future__ import annotations
 
-import json
+import itertools
+import multiprocessing
+import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ftdpp import checkpoint, runs, systems
+from ftdpp import checkpoint, results, runs, screen, systems
 from ftdpp.checkpoint import RunError
 from ftdpp.evaluate import evaluate, write_pseudo_labels
-from ftdpp.files import Progress, replacing
+from ftdpp.files import Progress, claimed
 from ftdpp.index import Index, require_labels
-from ftdpp.readers import domains
+from ftdpp.readers import DataError, domains, plural
 from ftdpp.recipe import RecipeError, given_names, settings, settings_of
 from ftdpp.runs import Places
-from ftdpp.train import Run
+from ftdpp.train import Interrupted, NonFiniteLoss, Run
 
 
 class Job(NamedTuple):
     """One run of a comparison."""
 
-    method: str  # as it was named: NAME, NAME[settings], with +pl for a second stage
     seed: int
     out: Path
     recipe: Any
     given: tuple[str, ...]  # the user's settings that this method reads
     source: Path | None = None  # the run that a method without source data starts from
+    first: Path | None = None  # the run that a second stage takes its pseudo-labels from
 
     @property
     def pseudo(self) -> Path | None:
@@ -46,12 +55,52 @@ class Job(NamedTuple):
     def title(self) -> str:
         return runs.title(self.recipe, self.given)
 
+    @property
+    def needs(self) -> list[Path]:
+        """The runs that have to be at their end before this one begins."""
+        return [path for path in (self.source, self.first) if path is not None]
+
+
+# ---- the plan ----------------------------------------------------------------------------------
 
 SOURCE_MODEL = "source-only"  # what methods without source data start from
 
+# Lists that --methods takes by name: the paper's tables, and FtD++ without one of its parts.
+LISTS = {
+    "paper": "source-only+pl,logcoral,minent,xmuda+pl,bftd+pl,ftdpp+pl,target-only",
+    "paper-ssda": "target-only,source-target+pl,logcoral,minent,xmuda+pl,ftdpp+pl",
+    "ablations": (
+        "ftdpp+pl,ftdpp[fusion=false],ftdpp[mimic_src=0,mimic_tgt=0],ftdpp[distill_single=0],"
+        "ftdpp[distill_fused=0],ftdpp[distill_single=0,distill_fused=0],"
+        "ftdpp[teacher_image=none],ftdpp[teacher_density=false],ftdpp+pl[pseudo_debias=false]"
+    ),
+}
+
+
+def listed(methods: str | None, scenario: str) -> str:
+    """The methods of a scenario: a list's where one is named, the usual ones where none is."""
+    if methods is None:
+        dense = systems.is_dense(scenario)
+        return "source-only,target-only" if dense else "source-only,ftdpp"
+    return LISTS.get(methods + ("-ssda" if scenario.endswith("-ssda") else ""), methods)
+
+
+class _Named(NamedTuple):
+    """A method as the user named it."""
+
+    method: str
+    own: tuple[str, ...]  # settings in brackets
+    second: bool  # stage
+
 
 def plan(
-    scenario: str, methods: str, seeds: str, preset: str, overrides: Sequence[str], out: Path
+    scenario: str,
+    methods: str,
+    seeds: str,
+    preset: str,
+    overrides: Sequence[str],
+    out: Path,
+    sweeps: Sequence[str] = (),
 ) -> list[Job]:
     """The runs of a comparison, in an order in which a first stage comes before its second, and a
     source model before the methods that start from it.
@@ -60,7 +109,9 @@ def plan(
 
     Args:
         methods: names with commas between; NAME[setting=value,...] for a method under settings of
-            its own, +pl behind a name for both stages.
+            its own; NAME+pl, NAME+pl[...] for both stages.
+        sweeps: "name=value,value,..." each: all combinations are run. Values that hold commas
+            themselves are separated by semicolons.
     Raises:
         RecipeError: a malformed list, an unknown name, or a setting that no method reads.
     """
@@ -70,55 +121,104 @@ def plan(
             raise ValueError
     except ValueError:
         raise RecipeError(f"--seeds {seeds}: expected numbers from 0 on, as in 0,1,2") from None
-    stages: list[tuple[str, str, bool]] = []
-    for name in re.split(r",(?![^\[]*\])", methods):  # commas that are in no brackets
-        found = re.fullmatch(r"([^\[\]+]+)(?:\[([^\[\]]+)\])?(\+pl)?", name)
+    named = _named(methods, scenario)
+    combinations = [[*overrides, *more] for more in itertools.product(*map(_values, sweeps))]
+    read: set[str] = set()
+    jobs: dict[Path, Job] = {}  # a method that does not read what is swept is there once
+    for seed in numbers:
+        for chosen in combinations:
+            for job in _plan_one(scenario, named, seed, preset, chosen, out, read):
+                jobs.setdefault(job.out, job)
+    for text in (*overrides, *sweeps):
+        if text.partition("=")[0] not in read:
+            option = "--set" if text in overrides else "--sweep"
+            raise RecipeError(f"{option} {text}: none of {methods} reads it")
+    return list(jobs.values())
+
+
+def _named(methods: str, scenario: str) -> list[_Named]:
+    """The methods of a list, each behind what it needs."""
+    named: list[_Named] = []
+    for text in re.split(r",(?![^\[]*\])", methods):  # commas that are in no brackets
+        found = re.fullmatch(r"([^\[\]+]+)(\+pl)?(?:\[([^\[\]]+)\])?", text)
         if not found:
             raise RecipeError(
-                f"--methods {name}: expected NAME, NAME[setting=value,...], and +pl behind it for "
-                "both stages"
+                f"--methods {text}: expected NAME, NAME[setting=value,...], and for both stages "
+                "NAME+pl, NAME+pl[setting=value,...]"
             )
-        plain, own, stage = found[1], found[2] or "", bool(found[3])
-        if systems.is_source_free(plain):
-            if stage:
-                raise RecipeError(f"--methods {name}: {plain} has no second stage; drop +pl")
+        method, second = found[1], bool(found[2])
+        # A comma before a name, not one between the numbers of a tuple.
+        own = tuple(part for part in re.split(r",(?=[a-z_0-9]+=)", found[3] or "") if part)
+        if systems.is_source_free(method):
+            if second:
+                raise RecipeError(f"--methods {text}: {method} has no second stage; drop +pl")
             if scenario.endswith("-ssda"):
-                raise RecipeError(f"{plain} has no semi-supervised form; drop --ssda")
-            stages.append((SOURCE_MODEL, "", False))
-        stages += [(plain, own, False), *([(plain, own, True)] if stage else [])]
-    names, read = given_names(overrides), set()
+                raise RecipeError(f"{method} has no semi-supervised form; drop --ssda")
+            named.append(_Named(SOURCE_MODEL, (), False))
+        if second:  # the first stage does not read what is about pseudo-labels
+            systems.recipe(scenario, method, "small", True, own)
+            unread = systems.recipe(scenario, method, "small").lacking()
+            first = tuple(part for part in own if part.partition("=")[0] not in unread)
+            named.append(_Named(method, first, False))
+        named.append(_Named(method, own, second))
+    return list(dict.fromkeys(named))
+
+
+def _values(sweep: str) -> list[str]:
+    """The settings of "name=value,value,..."."""
+    name, found, values = sweep.partition("=")
+    parts = [value for value in values.split(";" if ";" in values else ",") if value]
+    if not found or len(parts) < 2:
+        raise RecipeError(
+            f"--sweep {sweep}: expected name=value,value,... as in lr_3d=1e-3,3e-3; semicolons "
+            "between values that hold commas"
+        )
+    return [f"{name}={value}" for value in parts]
+
+
+def _plan_one(
+    scenario: str,
+    named: Sequence[_Named],
+    seed: int,
+    preset: str,
+    overrides: Sequence[str],
+    out: Path,
+    read: set[str],
+) -> list[Job]:
+    """The runs of one seed under the same settings; their names go into `read` where one is."""
+    names = given_names(overrides)
     # Settings of some of the methods; what none has is refused by the first recipe.
     everywhere: set[str] = set()
-    for plain in {name for name, _, _ in stages} & systems.METHODS.keys():
-        everywhere |= settings(systems.system_of(plain, scenario).Recipe).keys()
-    jobs = []
-    for seed in numbers:
-        model: Job | None = None  # of this seed
-        for plain, own, second in dict.fromkeys(stages):
-            source = model if systems.is_source_free(plain) else None
-            theirs = source.recipe if source is not None else None
-            base = systems.recipe(scenario, plain, preset, second, (), theirs)
-            # A comma before a name, not one between the numbers of a tuple.
-            chosen = [text for text in re.split(r",(?=[a-z_0-9]+=)", own) if text]
-            variant = systems.recipe(scenario, plain, preset, second, chosen, theirs)
-            lacking = base.lacking() | (variant.unread() if chosen else {})
-            unread = lacking.keys() | (everywhere - settings(type(base)).keys())
-            mine = [t for n, t in zip(names, overrides, strict=True) if n not in unread]
-            read |= set(given_names(mine))
-            mine += chosen
-            r = systems.recipe(scenario, plain, preset, second, mine, theirs)
-            given = settings_of(r, base, given_names(mine))
-            named = given if source is None else runs.names_source(r, given, source.given)
-            folder = out / runs.run_name(r, named, seed)
-            start = source.out if source is not None else None
-            label = plain + (f"[{own}]" if own else "") + ("+pl" if second else "")
-            job = Job(label, seed, folder, r, given, start)
-            model = job if label == SOURCE_MODEL else model
-            jobs.append(job)
-    for name, text in zip(names, overrides, strict=True):
-        if name not in read:
-            raise RecipeError(f"--set {text}: none of {methods} reads it")
+    for method in {row.method for row in named} & systems.METHODS.keys():
+        everywhere |= settings(systems.system_of(method, scenario).Recipe).keys()
+    jobs: list[Job] = []
+    model: Job | None = None
+    for method, own, second in named:
+        source = model if systems.is_source_free(method) else None
+        theirs = source.recipe if source is not None else None
+        base = systems.recipe(scenario, method, preset, second, (), theirs)
+        variant = systems.recipe(scenario, method, preset, second, own, theirs)
+        lacking = base.lacking() | (variant.unread() if own else {})
+        unread = lacking.keys() | (everywhere - settings(type(base)).keys())
+        mine = [t for n, t in zip(names, overrides, strict=True) if n not in unread]
+        read |= set(given_names(mine))
+        mine += own
+        r = systems.recipe(scenario, method, preset, second, mine, theirs)
+        given = settings_of(r, base, given_names(mine))
+        listed = given if source is None else runs.names_source(r, given, source.given)
+        start = source.out if source is not None else None
+        first = jobs[-1].out if second else None  # `_named` puts it there
+        folder = out / runs.run_name(r, listed, seed)
+        jobs.append(Job(seed, folder, r, given, start, first))
+        if method == SOURCE_MODEL and not own:
+            model = jobs[-1]
     return jobs
+
+
+# ---- the work ----------------------------------------------------------------------------------
+
+# What may happen to one run while the others go on.
+EXPECTED = (RunError, DataError, NonFiniteLoss, MemoryError, torch.OutOfMemoryError)
 
 
 @dataclass
@@ -126,18 +226,20 @@ class Comparison:
     """The jobs, and where their data comes from."""
 
     jobs: list[Job]
-    places: Places
+    places: dict[str, Places]  # by scenario
     device: torch.device
-    threads: int
+    threads: int  # of one run
     pretrained: dict[str, Tensor] | None = None
+    failed: dict[Path, Exception] = field(default_factory=dict)  # by folder
 
-    @property
-    def split(self) -> str:
+    def split(self, job: Job) -> str:
         """The split of the figures: test; val where the labels of test are not public."""
-        return "test" if "test" in domains()[self.places.origins["tgt"].domain].splits else "val"
+        target = self.places[job.recipe.scenario].origins["tgt"]
+        return "test" if "test" in domains()[target.domain].splits else "val"
 
     def places_of(self, job: Job) -> Places:
-        return self.places if job.source is None else self.places.without_source()
+        places = self.places[job.recipe.scenario]
+        return places if job.source is None else places.without_source()
 
     def open(
         self, job: Job, pseudo: Path | None, progress: Progress
@@ -175,15 +277,13 @@ class Comparison:
         Raises:
             DataError: a split is missing or unlabelled. RunError: there is nothing to select on.
         """
-        require_labels(self._test(self.jobs[0], progress))
         for job in self.jobs:
-            for stream in (
-                systems.system_of(job.recipe.method, job.recipe.scenario)
-                .streams(job.recipe)
-                .values()
-            ):
-                origin = self.places.origins[stream.side]
-                origin.index(stream.split, job.recipe, self.places.cache, progress)
+            require_labels(self._test(job, progress))
+            system = systems.system_of(job.recipe.method, job.recipe.scenario)
+            for stream in system.streams(job.recipe).values():
+                places = self.places[job.recipe.scenario]
+                origin = places.origins[stream.side]
+                origin.index(stream.split, job.recipe, places.cache, progress)
         work = 0.0
         facts: list[runs.Fact] = []
         notes: list[runs.Fact] = []
@@ -196,56 +296,194 @@ class Comparison:
         return work, [*(fact for fact in facts if fact[0] != "NOTE"), *notes]
 
     def _test(self, job: Job, progress: Progress) -> Index:
-        return self.places.origins["tgt"].index(self.split, job.recipe, self.places.cache, progress)
+        places = self.places[job.recipe.scenario]
+        return places.origins["tgt"].index(self.split(job), job.recipe, places.cache, progress)
 
     def _labels(self, job: Job, progress: Progress) -> Path | None:
         """The pseudo-labels of a second stage, made from its first stage's last checkpoint."""
         if job.pseudo is not None and not job.pseudo.exists():
-            name = job.method.removesuffix("+pl")
-            [first] = [j for j in self.jobs if (j.method, j.seed) == (name, job.seed)]
-            system, meta = checkpoint.load(first.out / "last.safetensors", self.device)
+            assert job.first is not None
+            system, meta = checkpoint.load(job.first / "last.safetensors", self.device)
             streams = systems.system_of(job.recipe.method, job.recipe.scenario).streams(job.recipe)
             split = streams[runs.taught_stream(job.recipe)].split
-            target = self.places.origins["tgt"]
-            index = target.index(split, job.recipe, self.places.cache, progress)
+            places = self.places[job.recipe.scenario]
+            index = places.origins["tgt"].index(split, job.recipe, places.cache, progress)
             origin = f"last.safetensors, iteration {meta['iteration']}"
             write_pseudo_labels(job.pseudo, system, index, origin, self.device, progress)
         return job.pseudo
 
-    def _train(self, run: Run, job: Job, drive: Callable[[Run, str], None]) -> None:
+    def _train(self, run: Run, job: Job, display: Any) -> None:
         """Train a run to its end; one that was begun, with as many threads as it was begun with."""
         threads, record = self.threads, runs.read_record(run.out)
-        if record is None or not run.iteration:
-            source = None if job.source is None else job.source / "best.safetensors"
-            runs.write_record(run, self.places_of(job), threads, source)
-        else:
-            threads = record["threads"]
-        torch.set_num_threads(threads)
-        drive(run, f"{job.title}, seed {job.seed}")
-        torch.set_num_threads(self.threads)
+        try:
+            with claimed(run.out):
+                if record is None or not run.iteration:
+                    source = None if job.source is None else job.source / "best.safetensors"
+                    runs.write_record(run, self.places_of(job), threads, source)
+                else:
+                    threads = record["threads"]
+                torch.set_num_threads(threads)
+                screen.drive(run, self.name(job), display)
+        except BlockingIOError:
+            raise RunError(f"{run.out}: another process trains there") from None
+        finally:
+            torch.set_num_threads(self.threads)
 
-    def run(self, drive: Callable[[Run, str], None], progress: Progress) -> list[dict[str, Any]]:
-        """Train what is not trained yet and evaluate every best checkpoint on test.
+    def name(self, job: Job) -> str:
+        """What the progress calls a run."""
+        where = f"{job.recipe.scenario} " if len(self.places) > 1 else ""
+        return f"{where}{job.title}, seed {job.seed}"
+
+    def finish(self, job: Job, display: Any) -> results.Row:
+        """Train what is not trained yet of a job, and its best checkpoint's row on test."""
+        progress = display.tell
+        run, _ = self.open(job, self._labels(job, progress), progress)
+        if run.iteration < run.recipe.steps or run.owed:
+            self._train(run, job, display)
+        system, meta = checkpoint.load(run.best_path, self.device)
+        origin = f"best.safetensors, iteration {meta['iteration']}"
+        score = evaluate(system, self._test(job, progress), origin, self.device, progress)
+        r = job.recipe
+        row = results.row_of(score, r.scenario, r.method, job.title, job.seed)
+        results.keep(job.out, row)
+        return row
+
+    def run(self, display: Any) -> list[results.Row]:
+        """All jobs, one after another. What fails is kept in `failed`, and the others go on.
 
         Args:
-            drive: trains a run to its end under a name. progress: told of everything else.
+            display: a `screen.Display`.
         Returns:
-            a row for each job.
+            the rows of those that were finished.
         """
         rows = []
         for job in self.jobs:
-            run, _ = self.open(job, self._labels(job, progress), progress)
-            if run.iteration < run.recipe.steps or run.owed:
-                self._train(run, job, drive)
-            system, meta = checkpoint.load(run.best_path, self.device)
-            origin = f"best.safetensors, iteration {meta['iteration']}"
-            score = evaluate(system, self._test(job, progress), origin, self.device, progress)
-            row = {"method": job.method, "title": job.title, "seed": job.seed}
-            rows.append(row | score.as_dict())
+            try:
+                self.require(job)
+                rows.append(self.finish(job, display))
+            except EXPECTED as error:
+                self.failed[job.out] = error
         return rows
 
+    def require(self, job: Job) -> None:
+        """Raises RunError where a run that this one needs has failed."""
+        for path in job.needs:
+            if path in self.failed:
+                raise RunError(f"{path} failed, from which it starts")
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write the rows of a comparison as JSON."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(rows, indent=1))
+    def run_parallel(self, count: int, display: Any) -> list[results.Row]:
+        """All jobs, `count` at a time, each in a process of its own. Equal to `run` to the byte.
+
+        SIGINT and SIGTERM stop the processes, each of which saves first.
+
+        Args:
+            display: a `screen.Display`.
+        Raises:
+            Interrupted: all have saved.
+        """
+        context = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
+        waiting, rows = list(self.jobs), {}
+        running: dict[Connection, tuple[Job, BaseProcess]] = {}
+        stopped = False
+
+        def stop(signum: int, frame: Any) -> None:
+            nonlocal stopped
+            stopped = True
+            waiting.clear()
+            for _, process in running.values():
+                process.terminate()
+
+        before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            while waiting or running:
+                for job in self._ready(waiting, running)[: count - len(running)]:
+                    waiting.remove(job)
+                    here, there = context.Pipe(duplex=False)
+                    process: BaseProcess = context.Process(target=_work, args=(self, job, there))
+                    process.start()
+                    there.close()
+                    running[here] = job, process
+                for ready in wait(list(running)):
+                    assert isinstance(ready, Connection)
+                    job, process = running[ready]
+                    try:
+                        what, *parts = ready.recv()
+                    except EOFError:
+                        process.join()
+                        del running[ready]
+                        if job.out not in rows and job.out not in self.failed:
+                            self.failed[job.out] = RunError(
+                                f"its process ended with exit code {process.exitcode}"
+                            )
+                        continue
+                    if what == "row":
+                        rows[job.out] = parts[0]
+                        display.ended(self.name(job))
+                    elif what == "failed":
+                        self.failed[job.out] = parts[0]
+                    else:
+                        getattr(display, what)(*parts)
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+            for _, process in running.values():
+                process.terminate()
+        if stopped:
+            raise Interrupted("interrupted; every run has saved; the same command goes on")
+        return [rows[job.out] for job in self.jobs if job.out in rows]
+
+    def _ready(
+        self, waiting: list[Job], running: dict[Connection, tuple[Job, BaseProcess]]
+    ) -> list[Job]:
+        """The jobs whose needs are at their end; those whose needs failed are failed, too."""
+        open_ = {job.out for job in waiting} | {job.out for job, _ in running.values()}
+        for job in list(waiting):
+            try:
+                self.require(job)
+            except RunError as error:
+                self.failed[job.out] = error
+                waiting.remove(job)
+        return [job for job in waiting if not open_ & set(job.needs)]
+
+    def report(self) -> None:
+        """Raises the first failure, of the same kind and with the names of all."""
+        if self.failed:
+            kind = type(next(iter(self.failed.values())))
+            lines = "; ".join(f"{path}: {error}" for path, error in self.failed.items())
+            failed = plural(len(self.failed), "run")
+            raise kind(
+                f"{failed} of {len(self.jobs)} failed (run the same command to go on): {lines}"
+            )
+
+
+class _Remote:
+    """Stands in a process of its own for the display of the parent."""
+
+    def __init__(self, connection: Connection, name: str) -> None:
+        self.connection, self.name = connection, name
+
+    def _send(self, *message: Any) -> None:
+        try:
+            self.connection.send(message)
+        except OSError:  # the parent was killed
+            signal.raise_signal(signal.SIGTERM)
+
+    def step(self, *arguments: Any) -> None:
+        self._send("step", *arguments)
+
+    def validated(self, *arguments: Any) -> None:
+        self._send("validated", *arguments)
+
+    def tell(self, done: int, total: int, what: str) -> None:
+        self._send("tell", done, total, what, self.name)
+
+
+def _work(comparison: Comparison, job: Job, connection: Connection) -> None:
+    """What a process of its own does: one job, told to the parent."""
+    os.setpgrp()  # Ctrl-C reaches the parent, which stops this process once
+    torch.set_num_threads(comparison.threads)
+    try:
+        row = comparison.finish(job, _Remote(connection, comparison.name(job)))
+        connection.send(("row", row))
+    except (*EXPECTED, Interrupted) as error:
+        connection.send(("failed", type(error)(*error.args)))

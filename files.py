@@ -1,12 +1,14 @@
-"""Files that are written whole or not at all, and folders that one process at a time builds."""
+"""Files written whole or not at all, logs, and folders that one process at a time builds."""
 
 from __future__ import annotations
 
+import csv
 import fcntl
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 Progress = Callable[[int, int, str], None]  # done, total, what is going on
 
@@ -57,3 +59,54 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class Log:
+    """A CSV of rows that begin with an iteration. On resume the later ones are cut off.
+
+    Args:
+        writes: False makes one that keeps nothing.
+    """
+
+    def __init__(self, path: Path, iteration: int, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
+        self.columns: list[str] = []
+        self.rows: list[dict[str, Any]] = []  # not written yet
+        if not writes:
+            return
+        kept = [row for row in self._stored() if int(row["iteration"]) <= iteration]
+        if not kept:
+            path.unlink(missing_ok=True)
+        self._write(kept)
+
+    def _stored(self) -> list[dict[str, Any]]:
+        """The rows of the file; a torn last one, from a killed process, is none."""
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="") as f:
+            return [row for row in csv.DictReader(f) if None not in row.values()]
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        """The whole file."""
+        if not rows:
+            return
+        self.columns = list(dict.fromkeys(name for row in rows for name in row))
+        with replacing(self.path) as temporary, temporary.open("w", newline="") as f:
+            writer = csv.DictWriter(f, self.columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        if len(self.rows) >= 50:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self.writes:
+            pass
+        elif any(row.keys() - set(self.columns) for row in self.rows):  # terms that came later
+            self._write(self._stored() + self.rows)
+        elif self.rows:
+            with self.path.open("a", newline="") as f:
+                csv.DictWriter(f, self.columns).writerows(self.rows)
+        self.rows = []

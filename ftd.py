@@ -9,6 +9,8 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from shlex import quote
@@ -115,10 +117,12 @@ def main_options(
 
 
 def _fail(message: object, code: int) -> typer.Exit:
-    from ftdpp import screen
+    from ftdpp import parallel, screen
 
+    who = f"ftd, process {parallel.number()}" if parallel.number() else "ftd"
     console = screen.messages()
-    console.print(f"ftd: {message}", style="bold red", soft_wrap=True)
+    console.quiet = False
+    console.print(f"{who}: {message}", style="bold red", soft_wrap=True)
     return typer.Exit(code)
 
 
@@ -129,12 +133,15 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         import torch
 
+        from ftdpp import parallel
         from ftdpp.checkpoint import RunError
         from ftdpp.kernels import KernelError
         from ftdpp.readers import DataError
         from ftdpp.recipe import RecipeError
         from ftdpp.train import Interrupted, NonFiniteLoss
 
+        if parallel.asked_for() > 1 and command.__name__ != "train":
+            raise _fail("torchrun starts ftd train alone; call this one without it", USAGE)
         smaller = "use --preset small or a smaller --set batch=..."
         before = os.environ.get("FTD_CACHE")
         if kwargs.get("cache"):  # for this command, and for what asks `files.cache_home`
@@ -229,7 +236,7 @@ def _preset(name: str | None, device: Any, built_in: bool) -> tuple[str, str]:
 
 RUN_FILES = {
     *("last.safetensors", "best.safetensors", "run.json"),
-    *("log.csv", "val.csv", "audit.csv"),
+    *("log.csv", "val.csv", "audit.csv", "scores.json"),
 }
 
 
@@ -422,13 +429,15 @@ def train(
     Leaves last.safetensors, best.safetensors, log.csv, val.csv and run.json in the run folder, of
     some methods audit.csv."""
     from ftdpp import evaluate as protocol
-    from ftdpp import kernels, recipe, runs, screen, systems
+    from ftdpp import kernels, parallel, recipe, runs, screen, systems
     from ftdpp.readers import plural
 
     console = screen.messages()
     if resume is not None:
         _resume(context, resume, device, workers, threads, cache, tensorboard)
         return
+    dev, dev_why = _device(device)
+    dev = context.with_resource(parallel.joined(dev))
     source = None
     if from_ is not None:
         if tgt is None:
@@ -453,7 +462,6 @@ def train(
         raise _fail(f"{missing} missing; name both domains, or --resume RUN", USAGE)
     for option, domain in (("--src", src), ("--tgt", tgt)):
         _known_domain(option, domain)
-    dev, dev_why = _device(device)
     roots = src_data or data, tgt_data or data
     preset, preset_why = _preset(preset, dev, None in roots)
     overrides = [*(set_ or []), *([f"steps={steps}"] if steps else [])]
@@ -550,6 +558,7 @@ def train(
     choices = {
         "preset": (preset, preset_why),
         "device": (dev, dev_why),
+        **_processes(r),
         "kernels": kernels.backend(dev),
         "threads": thread_choice,
         "cache": (folder, folder_why),
@@ -572,7 +581,7 @@ def _resume(
     tensorboard: bool,
 ) -> None:
     """Continue the run of a folder with what its run.json and its checkpoint say."""
-    from ftdpp import checkpoint, kernels, runs, screen
+    from ftdpp import checkpoint, kernels, parallel, runs, screen
 
     console = screen.messages()
     mine = {"resume", "device", "workers", "threads", "cache", "tensorboard"}
@@ -592,6 +601,7 @@ def _resume(
         )
     r = checkpoint.stored_recipe(meta, last)
     dev, dev_why = _device(device)
+    dev = context.with_resource(parallel.joined(dev))
     places = runs.recorded_places(record)
     place_why = "as the run began"
     if cache is not None:
@@ -627,6 +637,7 @@ def _resume(
         )
     choices = {
         "device": (dev, dev_why),
+        **_processes(r),
         "kernels": kernels.backend(dev),
         "threads": thread_choice,
         "cache": (places.cache, place_why),
@@ -635,6 +646,19 @@ def _resume(
     where = f"iteration {run.iteration} of {r.steps}"
     _print_choices(console, choices, [("resuming", runs.title(r, given), where), *facts])
     _drive(run, console, _board_writer() if tensorboard else None)
+
+
+def _processes(r: Any) -> dict[str, tuple[Any, str]]:
+    """What an update is the mean of, where it is more than a batch."""
+    from ftdpp import parallel
+
+    made = {}
+    if parallel.size() > 1:
+        made["processes"] = parallel.size(), "torchrun; each has a batch of its own in an update"
+    if parallel.size() * r.accumulate > 1:
+        count = parallel.size() * r.accumulate
+        made["update"] = count, f"batches, {count * r.batch} frames a domain"
+    return made
 
 
 def _board_writer() -> Any:
@@ -657,13 +681,13 @@ def _drive(
     from ftdpp import runs, screen
     from ftdpp.files import claimed
 
-    board = None if writer is None else writer(str(run.out / "tensorboard"))
+    board = None if writer is None or not run.leads else writer(str(run.out / "tensorboard"))
     if run.iteration == run.recipe.steps and not run.owed:
         console.print(f"{run.out} is at its end: iteration {run.iteration}", soft_wrap=True)
     display = screen.Display(console, runs.work_left(run))
     try:
-        with claimed(run.out), display:
-            if begin is not None:
+        with claimed(run.out) if run.leads else nullcontext(), display:
+            if begin is not None and run.leads:
                 begin()
             screen.drive(run, runs.title(run.recipe, run.given), display, board)
     except BlockingIOError:
@@ -760,7 +784,7 @@ def evaluate(
     """Evaluate a checkpoint: point-level IoU of every head, per class."""
     from ftdpp import checkpoint as files
     from ftdpp import evaluate as protocol
-    from ftdpp import inference, runs, screen
+    from ftdpp import inference, results, runs, screen
 
     console = screen.messages()
     if overlay is not None:
@@ -787,11 +811,14 @@ def evaluate(
     with screen.bar(console) as tell:
         index = origin.index(split, r, _cache(cache)[0], tell)
         score = protocol.evaluate(system, index, weights, dev, tell)
+    row = results.row_of(score, r.scenario, r.method, title, meta.get("seed") or 0)
+    own = r.scenario.removesuffix("-ssda").split("-")[1] == origin.domain
+    if run.is_dir() and checkpoint == "best" and own and origin.frames is None:
+        results.keep(run, row)  # for `ftd table`
     if as_json:
-        more = {"method": r.method, "scenario": r.scenario, "seed": meta.get("seed")}
-        print(json.dumps({**score.as_dict(), **more, "given": meta.get("given", [])}))
+        print(json.dumps({**row, "given": meta.get("given", [])}))
     else:
-        screen.show(screen.results(), screen.score_table(score, title))
+        screen.show(screen.output(), screen.score_table(score, title))
     if overlay is not None:
         chosen = range(min(count or 4, len(index)))
         labels = inference.predict_frames(system, index, chosen, dev)
@@ -879,7 +906,7 @@ def pseudo(
             _overlays(overlay / head, index, chosen, kept, r, title, console, what)
     where = f"{plural(found['frames'], 'frame')} of {found['domain']} {found['split']}"
     heading = f"{out}: {where}, by {title}, {weights}"
-    screen.show(screen.results(), screen.pseudo_table(found, heading))
+    screen.show(screen.output(), screen.pseudo_table(found, heading))
 
 
 @app.command()
@@ -939,16 +966,27 @@ def export(
 @app.command()
 @guarded
 def compare(
-    src: Annotated[str, typer.Option(help="Origin domain.")] = "usa",
-    tgt: Annotated[str, typer.Option(help="Target domain.")] = "singapore",
+    context: typer.Context,
+    src: Annotated[
+        str, typer.Option(help="Origin domain; several with commas, each with its --tgt.")
+    ] = "usa",
+    tgt: Annotated[str, typer.Option(help="Target domain, or several.")] = "singapore",
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated; NAME+pl adds the second stage. Default: source-only,ftdpp; on "
-            "images without points source-only,target-only."
+            help="Comma-separated; NAME[setting=value,...] is a variant, NAME+pl both stages; "
+            "paper and ablations are lists. Default: source-only,ftdpp; on images without points "
+            "source-only,target-only."
         ),
     ] = None,
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0",
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE,VALUE,...", help="Run with each of these values; repeatable."
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Runs at once, a process each.", min=1)] = 1,
     preset: Preset = None,
     data: Data = None,
     src_data: SrcData = None,
@@ -962,65 +1000,155 @@ def compare(
     out: Annotated[
         Path, typer.Option(help="Folder of the runs; finished ones are not trained again.")
     ] = Path("runs"),
+    results: Annotated[
+        Path | None, typer.Option(help="File of every number; default OUT/compare.json.")
+    ] = None,
     device: Device = None,
-    threads: Threads = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="CPU threads of a run; default: the free ones, by --jobs.", min=1),
+    ] = None,
     cache: Cache = None,
 ) -> None:
     """Train several methods with several seeds, select on val, and compare them on test in one
-    table (also OUT/compare.json)."""
+    table. Goes on where it was interrupted, and takes the runs that are there."""
     from ftdpp import compare as comparison
-    from ftdpp import kernels, runs, screen, systems
-    from ftdpp.readers import plural
+    from ftdpp import kernels, machine, runs, screen
+    from ftdpp import results as figures
 
     console = screen.messages()
-    for option, domain in (("--src", src), ("--tgt", tgt)):
-        _known_domain(option, domain)
+    pairs = _pairs(src, tgt)
     dev, dev_why = _device(device)
     roots = src_data or data, tgt_data or data
     preset, preset_why = _preset(preset, dev, None in roots)
-    scenario = f"{src}-{tgt}" + ("-ssda" if ssda else "")
-    dense = systems.is_dense(scenario)
-    methods = methods or ("source-only,target-only" if dense else "source-only,ftdpp")
     overrides = [*(set_ or []), *([f"steps={steps}"] if steps else [])]
     overrides += _clip(clip)
-    jobs = comparison.plan(scenario, methods, seeds, preset, overrides, out)
-    splits = _known_domain("--tgt", tgt).splits
-    if "val" not in splits:
-        raise _fail(f"--tgt {tgt}: has no val split to select on; use ftd train", USAGE)
+    plans = {}
+    for pair in pairs:
+        scenario = "-".join(pair) + ("-ssda" if ssda else "")
+        chosen = comparison.listed(methods, scenario)
+        plans[scenario] = comparison.plan(
+            scenario, chosen, seeds, preset, overrides, out, sweep or []
+        )
+        if "val" not in _known_domain("--tgt", pair[1]).splits:
+            raise _fail(f"--tgt {pair[1]}: has no val split to select on; use ftd train", USAGE)
+    planned = [job for plan in plans.values() for job in plan]
     _writable(out, folder=True)
-    weights = _imagenet(pretrained, *(job.recipe for job in jobs))
-    built_in = _known_roots(src, tgt, roots)
+    results = results or out / "compare.json"
+    _writable(results)
+    weights = _imagenet(pretrained, *(job.recipe for job in planned))
+    built_in = [_known_roots(*pair, roots) for pair in pairs][-1]  # each is looked at
     folder, folder_why = _cache(cache)
     thread_choice = _threads(threads)
-    if built_in:
-        src_root, tgt_root = _world(src, tgt, folder, int(thread_choice[0]), console)
-    else:
-        src_root, tgt_root = (Path(root or "").resolve() for root in roots)
-    sides = {"src": (src, src_root), "tgt": (tgt, tgt_root), "val": (tgt, tgt_root)}
-    origins = {side: runs.Origin(*where, data_version) for side, where in sides.items()}
-    places = runs.Places(origins, folder, built_in)
-    work = comparison.Comparison(jobs, places, dev, int(thread_choice[0]), weights)
+    if threads is None and jobs > 1:
+        count = max(1, int(thread_choice[0]) // jobs)
+        thread_choice = _threads(count)[0], f"a run: {thread_choice[0]} free, by --jobs {jobs}"
+    places = {}
+    for scenario, pair in zip(plans, pairs, strict=True):
+        if built_in:
+            where = _world(*pair, folder, machine.allowed_cores(), console)
+        else:
+            where = Path(roots[0] or "").resolve(), Path(roots[1] or "").resolve()
+        sides = {"src": (pair[0], where[0]), "tgt": (pair[1], where[1]), "val": (pair[1], where[1])}
+        origins = {side: runs.Origin(*place, data_version) for side, place in sides.items()}
+        places[scenario] = runs.Places(origins, folder, built_in)
+    work = comparison.Comparison(planned, places, dev, int(thread_choice[0]), weights)
     with screen.bar(console) as tell:
         left, facts = work.prepare(tell)
     choices = {
-        "runs": (len(jobs), f"{methods}; seeds {seeds}"),
+        "runs": (len(planned), f"seeds {seeds}"),
         "preset": (preset, preset_why),
         "device": (dev, dev_why),
         "kernels": kernels.backend(dev),
+        "jobs": (jobs, "--jobs" if jobs > 1 else "one run at a time"),
         "threads": thread_choice,
         "cache": (folder, folder_why),
     }
     _print_choices(console, choices, [_weights_fact(pretrained), *facts])
-    display = screen.Display(console, left)
-    with display:
-        rows = work.run(lambda run, name: screen.drive(run, name, display), display.tell)
-    title = (
-        f"{src} -> {tgt}, {preset} preset: mIoU in percent on the {tgt} {work.split} split "
-        f"({plural(rows[0]['frames'], 'frame')}), checkpoint chosen on val, seeds {seeds}"
-    )
-    screen.show(screen.results(), screen.compare_table(rows, title))
-    comparison.write_rows(out / "compare.json", rows)
-    console.print(f"every number: {out / 'compare.json'}", soft_wrap=True)
+    with screen.Display(console, left, several=jobs > 1) as display:
+        rows = work.run(display) if jobs == 1 else work.run_parallel(jobs, display)
+    for table in figures.tables(rows):
+        screen.show(screen.output(), screen.results_table(table))
+    here = f"{machine.describe(dev)}, {thread_choice[0]} thread(s) a run, {jobs} at a time"
+    figures.write(results, rows, _typed(context), here, preset)
+    console.print(f"every number: {results}", soft_wrap=True)
+    work.report()
+
+
+def _pairs(src: str, tgt: str) -> list[tuple[str, str]]:
+    """Sources and targets of --src and --tgt, one to one."""
+    sources, targets = src.split(","), tgt.split(",")
+    for option, names in (("--src", sources), ("--tgt", targets)):
+        for name in names:
+            _known_domain(option, name)
+    if len(sources) != len(targets):
+        raise _fail(
+            f"--src {src}, --tgt {tgt}: {len(sources)} and {len(targets)} domains; name a target "
+            "for each source, in the same order",
+            USAGE,
+        )
+    return list(zip(sources, targets, strict=True))
+
+
+def _typed(context: typer.Context) -> str:
+    """The command with the options that the user gave; folders, which differ, by their kind."""
+    words = ["ftd", str(context.info_name)]
+    for parameter in context.command.params:
+        name, value = str(parameter.name), context.params[str(parameter.name)]
+        given = context.get_parameter_source(name)
+        if given is None or given.name != "COMMANDLINE":
+            continue
+        for part in value if isinstance(value, list | tuple) else [value]:
+            text = name.upper() if isinstance(part, Path) else quote(str(part))
+            words += [parameter.opts[0], *([] if part is True else [text])]
+    return " ".join(words)
+
+
+class Format(StrEnum):
+    text = "text"
+    md = "md"
+    latex = "latex"
+    csv = "csv"
+
+
+@app.command()
+@guarded
+def table(
+    places: Annotated[
+        list[Path], typer.Argument(help="Run folders, and files of ftd compare (compare.json).")
+    ],
+    form: Annotated[Format, typer.Option("--format", help="Of the table.")] = Format.text,
+    classes: Annotated[
+        bool, typer.Option("--classes", help="IoU of every class instead of mIoU of every head.")
+    ] = False,
+    head: Annotated[
+        str | None, typer.Option(help="With --classes: 2d, 3d or 2d+3d; default: the last.")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Only this split; default: test, or val.")
+    ] = None,
+) -> None:
+    """One table from runs: mean and deviation over seeds, beside what the papers report.
+    Runs that were evaluated (ftd eval, ftd compare) hold their figures."""
+    from ftdpp import results, screen
+
+    if head is not None and not classes:
+        raise _fail("--head chooses whose classes are shown; add --classes", USAGE)
+    rows = results.collect(places, split)
+    if not rows:
+        raise _fail(f"no figure of the split {split}; evaluate the runs on it first", FAILED)
+    if classes and head is None:
+        head = list(rows[0]["miou"])[-1]
+    made = results.tables(rows, head)
+    if form is Format.csv:
+        print(results.as_csv(made), end="")
+    for one in made if form is not Format.csv else []:
+        if form is Format.text:
+            screen.show(screen.output(), screen.results_table(one))
+        elif form is Format.md:
+            print(f"{one.title}\n\n{results.markdown(one)}")
+        else:
+            print(f"% {one.title}\n{results.latex(one)}")
 
 
 # ---- clip --------------------------------------------------------------------------------------
@@ -1075,7 +1203,7 @@ def clip(
     if as_json:
         print(json.dumps({**score.as_dict(), "clip": name}))
     else:
-        screen.show(screen.results(), screen.score_table(score, "zero-shot"))
+        screen.show(screen.output(), screen.score_table(score, "zero-shot"))
 
 
 # ---- recipes, data -----------------------------------------------------------------------------
@@ -1116,7 +1244,7 @@ def recipes(
         }
         print(json.dumps(table))
         return
-    console = screen.results()
+    console = screen.output()
     for name, rows in made.items():
         console.print(screen.recipes_table(rows, f"{name}, {preset} preset"))
     screen.messages().print(
@@ -1138,7 +1266,7 @@ def data_check(
 
     rows = readers.check(root, _known_domain("--domain", domain), data_version)
     numbers = [{name: row[name] for name in row if name != "note"} for row in rows]
-    console = screen.results()
+    console = screen.output()
     screen.show(console, screen.plain_table(numbers, f"{root} as {domain}"))
     for row in rows:
         console.print(f"{row['split']}: {row['note']}", soft_wrap=True)
@@ -1304,7 +1432,7 @@ def bench(
     root, _ = _world("usa", "singapore", folder, machine.allowed_cores(), console)
     with screen.bar(console) as tell:
         rows = speed.run(root, folder, rounds, dev, scans=scan or [], progress=tell)
-    screen.show(screen.results(), screen.plain_table(rows, machine.describe(dev)))
+    screen.show(screen.output(), screen.plain_table(rows, machine.describe(dev)))
     if out is not None:
         speed.append(out, rows, dev)
 
@@ -1332,7 +1460,7 @@ def doctor(device: Device = None) -> None:
         except importlib.metadata.PackageNotFoundError:
             rows.append((package, "not installed", ""))
     rows += [("device", str(dev), dev_why), ("kernels", *kernels.backend(dev))]
-    console = screen.results()
+    console = screen.output()
     screen.facts(console, rows)
     checks = check.run(dev)
     table = [

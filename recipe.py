@@ -38,7 +38,9 @@ class Recipe:
     steps: int = 60_000
     milestones: tuple[int, ...] = ()  # iterations at which the learning rates are multiplied ...
     gamma: float = 0.1  # ... by this
-    batch: int = 8  # frames of a stream in one update
+    batch: int = 8  # frames of a stream in one part of an update
+    accumulate: int = 1  # parts whose gradients are averaged in an update, in each process
+    sync_batchnorm: bool = False  # normalise over all processes (GPUs; not the voxels)
     eval_batch: int = 8
     val_every: int = 5_000
     save_every: int = 5_000
@@ -68,12 +70,15 @@ class Recipe:
 
     def rules(self) -> dict[str, bool]:
         """Every condition that a recipe has to meet, in words, and whether this one meets it."""
-        periods = (self.steps, self.batch, self.eval_batch, self.val_every, self.save_every)
+        periods = (
+            *(self.steps, self.batch, self.accumulate),
+            *(self.eval_batch, self.val_every, self.save_every),
+        )
         sizes = (self.image, self.crop)
         weights = self.class_weights
         classes = len(CLASS_SETS.get(self.classes, ()))
         return {
-            "steps, batch, eval_batch, val_every and save_every must be at least 1": (
+            "steps, batch, accumulate, eval_batch, val_every and save_every must be at least 1": (
                 min(periods) >= 1
             ),
             "precision must be fp32 or bf16": self.precision in ("fp32", "bf16"),
@@ -184,7 +189,9 @@ def settings_of(r: Recipe, base: Recipe, names: Sequence[str]) -> tuple[str, ...
 
     def text(value: Any) -> str:
         if isinstance(value, tuple):
-            return ",".join(str(part) for part in value)
+            return ",".join(map(text, value))
+        if isinstance(value, float):
+            return repr(value).removesuffix(".0")
         return str(value).lower() if isinstance(value, bool) else str(value)
 
     chosen = [n for n in settings(type(r)) if n in names and getattr(r, n) != getattr(base, n)]

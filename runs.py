@@ -121,14 +121,14 @@ def names_source(r: Recipe, given: tuple[str, ...], theirs: tuple[str, ...]) -> 
 
 
 def title(r: Recipe, given: tuple[str, ...] = ()) -> str:
-    """A run in words: its method, the settings that the user chose, its stage."""
-    return ", ".join([r.method, *given, *(["second stage"] if r.second_stage else [])])
+    """A method as it is named everywhere: NAME, +pl for a second stage, [the user's settings]."""
+    chosen = f"[{','.join(given)}]" if given else ""
+    return f"{r.method}{'+pl' if r.second_stage else ''}{chosen}"
 
 
 def run_name(r: Recipe, given: tuple[str, ...], seed: int) -> str:
-    """The name of a run's folder: usa-singapore-ftdpp[fusion=false]+pl-seed0."""
-    chosen = f"[{','.join(given)}]".replace("/", "_") if given else ""
-    return f"{r.scenario}-{r.method}{chosen}{'+pl' if r.second_stage else ''}-seed{seed}"
+    """The name of a run's folder: usa-singapore-ftdpp+pl[fusion=false]-seed0."""
+    return f"{r.scenario}-{title(r, given)}-seed{seed}".replace("/", "_")
 
 
 def taught_stream(r: Recipe) -> str:
@@ -300,7 +300,7 @@ def work_left(run: Run) -> float:
     """Cost of the iterations and validations that a run still has before it."""
     r = run.recipe
     left = range(run.iteration + 1, r.steps + 1)
-    total = len(left) * run.system.cost(r)
+    total = len(left) * run.system.cost(r) * r.accumulate
     if run.val is not None:
         validations = sum(i % r.val_every == 0 or i == r.steps for i in left)
         total += validations * len(run.val)

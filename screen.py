@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from ftdpp import files, machine, train
+from ftdpp import files, machine, parallel, results, train
 from ftdpp.evaluate import Score
 from ftdpp.readers import plural
 from ftdpp.recipe import Recipe
@@ -33,7 +32,7 @@ def messages() -> Console:
     return _console(stderr=True, soft_wrap=not sys.stderr.isatty())
 
 
-def results() -> Console:
+def output() -> Console:
     """Wide enough for a table where standard output is not a terminal."""
     return _console(width=None if sys.stdout.isatty() else 200)
 
@@ -41,6 +40,7 @@ def results() -> Console:
 def _console(**options: Any) -> Console:
     """A console that prints text as it is: a path may hold [brackets] or :colons:."""
     stream = sys.stderr if options.get("stderr") else sys.stdout
+    options["quiet"] = parallel.number() > 0  # the first process speaks
     if not stream.isatty():
         options["force_interactive"] = False  # no live line in a log, whatever FORCE_COLOR says
     return Console(markup=False, emoji=False, highlight=False, **options)
@@ -94,25 +94,37 @@ class _Pace:
 
 
 class _Lines:
-    """Plain lines of one kind of work after another: when it starts, while it moves, at its end."""
+    """Plain lines of each kind of work: when it starts, while it moves, at its end."""
 
     def __init__(self, console: Console, clock: Callable[[], float]) -> None:
         self.console, self.clock = console, clock
-        self.what, self.done, self.total = "", 0, 0
+        self.works: dict[str, _Work] = {}
 
     def tell(self, done: int, total: int, what: str) -> None:
-        goes_on = what == self.what and total == self.total and done > self.done
-        if not goes_on:
-            self.pace, self.begin, self.first = _Pace(self.clock), self.clock(), done
-        self.what, self.done, self.total = what, done, total
-        if self.pace.due() or done >= total:
+        work = self.works.get(what)
+        goes_on = work is not None and total == work.total and done > work.done
+        if work is None or not goes_on:
+            work = self.works[what] = _Work(_Pace(self.clock), self.clock(), done)
+        work.done, work.total = done, total
+        if work.pace.due() or done >= total:
             line = f"{what}: {done} of {total}"
-            spent = self.clock() - self.begin
+            spent = self.clock() - work.begin
             if done >= total:
                 line += f", took {duration(spent)}" if goes_on else ""
-            elif done > self.first:
-                line += f", {duration(spent / (done - self.first) * (total - done))} left"
+            elif done > work.first:
+                line += f", {duration(spent / (done - work.first) * (total - done))} left"
             self.console.print(line, soft_wrap=True)
+
+
+@dataclasses.dataclass
+class _Work:
+    """One kind of work under way."""
+
+    pace: _Pace
+    begin: float
+    first: int
+    done: int = 0
+    total: int = 0
 
 
 @contextmanager
@@ -164,16 +176,21 @@ class Display:
 
     Args:
         work: total in the units of `System.cost`, so that cheap and costly runs share one ETA.
-        clock: seconds.
+        clock: seconds. several: whether runs go on at once; each then has a line of its own.
     """
 
     def __init__(
-        self, console: Console, work: float, clock: Callable[[], float] = time.perf_counter
+        self,
+        console: Console,
+        work: float,
+        clock: Callable[[], float] = time.perf_counter,
+        several: bool = False,
     ) -> None:
-        self.console, self.work, self.clock = console, work, clock
+        self.console, self.work, self.clock, self.several = console, work, clock, several
         self.done = self.waited = self.worked = 0.0
         self.begin: float | None = None
-        self.name, self.pace = "", _Pace(clock)
+        self.paces: dict[str, _Pace] = {}  # by name of a run
+        self.below: dict[str, str] = {}
         self.lines = _Lines(console, clock)
         # The name stands below, where it is not cut to a column's width.
         self.live = _Live(BarColumn(40), TextColumn("{task.percentage:.0f}%"), console=console)
@@ -193,12 +210,23 @@ class Display:
         if self.console.is_interactive:
             self.live.stop()
 
-    def tell(self, done: int, total: int, what: str) -> None:
-        """Progress of what is no training step: a validation, say."""
+    def tell(self, done: int, total: int, what: str, name: str = "") -> None:
+        """Progress of what is no training step: a validation, say; of a run that has a name."""
+        what = f"{name}: {what}" if name else what
         if self.console.is_interactive:
-            self.live.below = f"  {what}: {done} of {total}"
+            self._show(name, f"  {what}: {done} of {total}")
         else:
             self.lines.tell(done, total, what)
+
+    def _show(self, name: str, line: str) -> None:
+        """Put a line below the bar, in the place of the last one of this run, or of all."""
+        self.below = {**(self.below if self.several else {}), name: line}
+        self.live.below = "\n".join(self.below.values())
+
+    def ended(self, name: str) -> None:
+        """Take the line of a run away."""
+        self.below.pop(name, None)
+        self.live.below = "\n".join(self.below.values())
 
     def step(self, name: str, event: train.Step, steps: int, units: float, memory: int) -> None:
         """Show one iteration of `steps`, which was `units` of work; memory in bytes."""
@@ -217,12 +245,10 @@ class Display:
         terms = " ".join(f"{term} {value:.2f}" for term, value in event.terms.items())
         if self.console.is_interactive:
             place = f"{name}: {event.iteration}/{steps}, {eta}, {speed}"
-            self.live.below = f"  {place}: {terms}"
+            self._show(name, f"  {place}: {terms}")
             self.live.update(self.task, completed=self.done)
             return
-        if name != self.name:
-            self.name, self.pace = name, _Pace(self.clock)
-        if self.pace.due() or event.iteration == steps:
+        if self.paces.setdefault(name, _Pace(self.clock)).due() or event.iteration == steps:
             line = f"{name}: iteration {event.iteration} of {steps}, {eta}, {speed}: {terms}"
             self.console.print(line, soft_wrap=True)
 
@@ -251,7 +277,7 @@ def drive(run: train.Run, name: str, display: Display, board: Any = None) -> Non
         run.stop = True
 
     before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    steps, units = run.recipe.steps, run.system.cost(run.recipe)
+    steps, units = run.recipe.steps, run.system.cost(run.recipe) * run.recipe.accumulate
     run.progress = display.tell  # a validation of minutes must not be silent
     try:
         for event in train.fit(run):
@@ -314,26 +340,12 @@ def score_table(score: Score, method: str) -> Table:
     return table
 
 
-def compare_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
-    """mIoU of each method in percent: mean and sample standard deviation over its seeds.
-
-    Args:
-        rows: one a run, with "title" (method and settings) and "miou" (fraction by head). A method
-            need not have every head of the others.
-    """
-    heads = list(dict.fromkeys(head for row in rows for head in row["miou"]))
-    table = _table(title, ["method"], [head.upper() for head in heads])
-    for name in dict.fromkeys(row["title"] for row in rows):
-        runs = [row["miou"] for row in rows if row["title"] == name]
-        table.add_row(name, *(_mean([100 * r[h] for r in runs if h in r]) for h in heads))
-    return table
-
-
-def _mean(values: Sequence[float]) -> str:
-    if not values:
-        return "-"
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
+def results_table(table: results.Table) -> Table:
+    """Figures of runs, as `results.tables` makes them."""
+    made = _table(table.title, table.columns[:1], table.columns[1:])
+    for row in table.rows:
+        made.add_row(*map(str, row))
+    return made
 
 
 def pseudo_table(meta: dict[str, Any], title: str) -> Table:

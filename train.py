@@ -8,12 +8,10 @@ continues bit for bit.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
@@ -23,12 +21,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ftdpp import machine, readers, systems
-from ftdpp.checkpoint import FORMAT, RunError, load_state, read_metadata, read_tensors, save
+from ftdpp import machine, parallel, readers, systems
+from ftdpp.checkpoint import (
+    FORMAT,
+    RunError,
+    digest,
+    load_state,
+    read_metadata,
+    read_tensors,
+    save,
+)  # fmt: skip
 from ftdpp.checkpoint import stored_recipe as recipe_of
 from ftdpp.data import CLASS_SETS, Augment, Batch, collate, sample
 from ftdpp.evaluate import PseudoLabels, Score, batches_of, evaluate
-from ftdpp.files import Progress, replacing
+from ftdpp.files import Log, Progress
 from ftdpp.index import Index, require_labels
 from ftdpp.losses import log_smoothed_weights
 from ftdpp.recipe import Recipe, settings
@@ -57,11 +63,15 @@ class _Draw:
         self.augment = Augment(crop=r.crop if r.crop != (0, 0) else None, draw=draw, jitter=jitter)
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
-    def batch(self, iteration: int) -> Batch:
-        """The batch of an iteration: a function of seed, stream and iteration."""
+    def batch(self, iteration: int, part: int = 0, parts: int = 1) -> Batch:
+        """The batch of one of an iteration's parts: a function of seed, stream and numbers.
+
+        Parts are pieces of what one part of as many frames would draw.
+        """
         seed, number, samples = self.seed, self.stream.number, []
-        for slot in range(self.stream.frames):
-            epoch, place = divmod(iteration * self.stream.frames + slot, len(self.index))
+        frames = self.stream.frames
+        for slot in range(part * frames, (part + 1) * frames):
+            epoch, place = divmod(iteration * parts * frames + slot, len(self.index))
             if epoch != self._epoch:
                 order = generator(seed, ORDER, number, epoch).permutation(len(self.index))
                 self._epoch, self._order = epoch, order
@@ -73,7 +83,10 @@ class _Draw:
 
 
 class Batches(torch.utils.data.Dataset):
-    """Item i is the data of iteration i: a batch of each stream."""
+    """The items of iteration i, one a part of this process: a batch of each stream.
+
+    Without accumulation item i is iteration i.
+    """
 
     def __init__(
         self,
@@ -83,11 +96,14 @@ class Batches(torch.utils.data.Dataset):
         indexes: Mapping[str, Index],
         pseudo: PseudoLabels | None = None,
     ) -> None:
-        self.pseudo = pseudo
+        self.pseudo, self.own = pseudo, r.accumulate
+        self.first, self.parts = parallel.rank() * self.own, parallel.size() * self.own
         self.draws = {name: _Draw(indexes[name], s, r, seed) for name, s in streams.items()}
 
-    def __getitem__(self, iteration: int) -> dict[str, Batch]:
-        batches = {name: draw.batch(iteration) for name, draw in self.draws.items()}
+    def __getitem__(self, item: int) -> dict[str, Batch]:
+        iteration, own = divmod(item, self.own)
+        place = iteration, self.first + own, self.parts
+        batches = {name: draw.batch(*place) for name, draw in self.draws.items()}
         if self.pseudo is not None:
             for name, draw in self.draws.items():
                 if draw.stream.pseudo:
@@ -145,6 +161,7 @@ class Run:
             self.source_digest = digest(self.source)
             self.system.start_from(self.source)
         self.system.to(self.device).train()
+        self.network = parallel.together(self.system, self.recipe.sync_batchnorm)
         self.optimizers = self.system.optimizers()
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
@@ -153,6 +170,7 @@ class Run:
         self.best: dict[str, Any] | None = None
         self.owed = False  # a validation due at this iteration, skipped because of a stop
         self.stop = False  # set by a signal handler: save after this iteration and leave
+        self.leads = parallel.rank() == 0  # evaluates and writes
 
     def _with_class_weights(self, r: Any) -> Any:
         """Empty weights are computed from the labelled training points and kept in the recipe."""
@@ -172,26 +190,36 @@ class Run:
     def best_path(self) -> Path:
         return self.out / "best.safetensors"
 
-    def learn(self, batches: dict[str, Batch]) -> dict[str, Tensor]:
-        """One iteration: losses, gradients and an optimiser step for each phase."""
-        chance = Chance(self.seed, self.iteration)
+    def learn(self, parts: Sequence[dict[str, Batch]]) -> dict[str, Tensor]:
+        """One iteration: in each phase losses and gradients of every part, and an optimiser step.
+
+        Returns:
+            the terms, averaged over parts and processes.
+        """
+        first, count = parallel.rank() * len(parts), len(parts)
         terms: dict[str, Tensor] = {}
-        chance.seed_dropout()
         rate = self.system.rate(self.iteration)
-        for phase, optimizer in self.optimizers.items():
+        for number, (phase, optimizer) in enumerate(self.optimizers.items()):
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * rate
             if self.system.resting(phase, self.iteration):
                 continue
-            found = self.system(phase, batches, chance)
+            sums: dict[str, Tensor] = {}
             optimizer.zero_grad()
-            torch.stack(list(found.values())).sum().backward()
+            for i, batches in enumerate(parts):
+                chance = Chance(self.seed, self.iteration, first + i)
+                chance.seed_dropout(number)
+                with parallel.silent(self.network, last=i + 1 == count), parallel.noticing():
+                    found = self.network(phase, batches, chance)
+                    (torch.stack(list(found.values())).sum() / count).backward()
+                for name, term in found.items():
+                    sums[name] = sums.get(name, 0) + term.detach() / count
             optimizer.step()
-            assert not terms.keys() & found.keys(), "two phases have a term of one name"
-            terms |= found
+            assert not terms.keys() & sums.keys(), "two phases have a term of one name"
+            terms |= sums
         self.iteration += 1
         self.system.after_step(self.iteration)
-        return terms
+        return parallel.mean_terms(terms)
 
     def learning_rates(self) -> dict[str, float]:
         """The rate of each parameter group, named by phase and number."""
@@ -210,6 +238,7 @@ class Run:
             "given": list(self.given),
             "seed": self.seed,
             "iteration": self.iteration,
+            "processes": parallel.size(),
             "best": self.best,
             "validation_owed": self.owed,
             "class_names": CLASS_SETS[r.classes],
@@ -222,12 +251,14 @@ class Run:
         }
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint.
+        """Write a checkpoint; of several processes, the first one.
 
         Raises:
             NonFiniteLoss: a tensor is not finite, since a gradient may overflow where no loss does.
                 Nothing is written then.
         """
+        if parallel.rank():
+            return
         tensors = {f"system/{k}": v for k, v in self.system.state_dict().items()}
         broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
         if broken:
@@ -251,6 +282,12 @@ class Run:
         """
         path = self.last_path
         meta, mine = read_metadata(path), json.loads(json.dumps(self.metadata()))
+        if meta.get("processes", 1) != mine["processes"]:
+            raise RunError(
+                f"{path}: made by {meta.get('processes', 1)} processes, these are "
+                f"{mine['processes']}; another number would draw other frames: go on with "
+                f"torchrun --nproc-per-node={meta.get('processes', 1)}, or begin anew"
+            )
         for key in ("seed", "data", "pseudo", "pretrained", "source", "frozen"):
             if meta.get(key) != mine[key]:
                 raise RunError(
@@ -296,14 +333,6 @@ class Run:
                 )
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors, in the order of their names."""
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        total.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
-    return total.hexdigest()
-
-
 def rate_settings(r: Recipe) -> str:
     """The learning rates that a run reads, as one would type them."""
     unread = r.unread()
@@ -332,24 +361,24 @@ def fit(run: Run) -> Iterator[Step | Score]:
         torch.utils.data.DataLoader(
             batches,
             batch_size=None,
-            sampler=range(run.iteration, r.steps),
+            sampler=range(run.iteration * r.accumulate, r.steps * r.accumulate),
             num_workers=run.workers,
             generator=torch.Generator(),
         )
     )
-    log = _Log(run.out / "log.csv", run.iteration)
-    val_log = _Log(run.out / "val.csv", run.iteration - run.owed)
+    log = Log(run.out / "log.csv", run.iteration, run.leads)
+    val_log = Log(run.out / "val.csv", run.iteration - run.owed, run.leads)
     begun = time.perf_counter()
     if run.owed:
-        yield _validate(run, val_log, begun)
+        yield from _validate(run, val_log, begun)
     while run.iteration < r.steps:
         start = time.perf_counter()
-        loaded = next(loader)
+        loaded = [next(loader) for _ in range(r.accumulate)]
         waited = time.perf_counter() - start
-        moved = {name: batch.to(device) for name, batch in loaded.items()}
+        parts = [{name: b.to(device) for name, b in batches.items()} for batches in loaded]
 
-        terms = run.learn(moved)
-        values = _check_finite(terms, moved, run)  # waits for a GPU; before any save
+        terms = run.learn(parts)
+        values = _check_finite(terms, parts, run)  # waits for a GPU; before any save
 
         seconds = time.perf_counter() - start
         log.add({"iteration": run.iteration, **{k: f"{v:.6g}" for k, v in values.items()}})
@@ -359,25 +388,26 @@ def fit(run: Run) -> Iterator[Step | Score]:
         if ended and run.val is None:
             run.save(run.best_path)
         run.owed = run.val is not None and (ended or run.iteration % r.val_every == 0)
-        if run.owed or ended or run.stop or run.iteration % r.save_every == 0:
+        stop = parallel.any_of(run.stop, device)  # all processes or none
+        if run.owed or ended or stop or run.iteration % r.save_every == 0:
             log.flush()
             run.save(run.last_path)  # before a validation, which may take long: a stop cannot wait
-        if run.stop and (run.owed or not ended):
+        if stop and (run.owed or not ended):
             raise Interrupted(
                 f"interrupted at iteration {run.iteration}, saved to {run.last_path}; continue "
                 f"with: ftd train --resume {quote(str(run.out))}"
             )
         if run.owed:
-            yield _validate(run, val_log, begun)
+            yield from _validate(run, val_log, begun)
 
 
 def _check_finite(
-    terms: dict[str, Tensor], batches: dict[str, Batch], run: Run
+    terms: dict[str, Tensor], parts: Sequence[dict[str, Batch]], run: Run
 ) -> dict[str, float]:
     values = dict(zip(terms, torch.stack(list(terms.values())).tolist(), strict=True))
     bad = [f"{name} = {value}" for name, value in values.items() if not np.isfinite(value)]
     if bad:
-        frames = [token for batch in batches.values() for token in batch.tokens]
+        frames = [token for part in parts for batch in part.values() for token in batch.tokens]
         raise NonFiniteLoss(
             f"iteration {run.iteration}: {', '.join(bad)}; frames {', '.join(frames)}; nothing was "
             f"saved since the last checkpoint; begin again with lower rates "
@@ -386,12 +416,14 @@ def _check_finite(
     return values
 
 
-def _validate(run: Run, log: _Log, begun: float) -> Score:
-    """Evaluate on the validation split and keep the best checkpoint."""
+def _validate(run: Run, log: Log, begun: float) -> Iterator[Score]:
+    """Evaluate on the validation split and keep the best checkpoint; the first process does."""
+    run.owed = False
+    if not run.leads:
+        return
     assert run.val is not None
     name = f"iteration {run.iteration}"
     score = evaluate(run.system, run.val, name, run.device, run.progress)
-    run.owed = False
     chosen_by = run.system.heads[-1]
     if run.best is None or score.miou[chosen_by] > run.best["miou"][chosen_by]:
         run.best = {"iteration": run.iteration, "split": score.split, "miou": score.miou}
@@ -407,7 +439,7 @@ def _validate(run: Run, log: _Log, begun: float) -> Score:
     log.flush()
     _audit(run)
     run.save(run.last_path)
-    return score
+    yield score
 
 
 @torch.no_grad()
@@ -420,49 +452,7 @@ def _audit(run: Run) -> None:
     rows = run.system.audit(batch.to(run.device) for _, batch in found)
     run.system.train()
     if rows:
-        log = _Log(run.out / "audit.csv", run.iteration - 1)
+        log = Log(run.out / "audit.csv", run.iteration - 1)
         for row in rows:
             log.add({"iteration": run.iteration, **row})
         log.flush()
-
-
-class _Log:
-    """A CSV of rows that begin with an iteration. On resume the later ones are cut off."""
-
-    def __init__(self, path: Path, iteration: int) -> None:
-        self.path, self.columns = path, []  # type: Path, list[str]
-        self.rows: list[dict[str, Any]] = []  # not written yet
-        kept = [row for row in self._stored() if int(row["iteration"]) <= iteration]
-        if not kept:
-            path.unlink(missing_ok=True)
-        self._write(kept)
-
-    def _stored(self) -> list[dict[str, Any]]:
-        """The rows of the file; a torn last one, from a killed process, is none."""
-        if not self.path.exists():
-            return []
-        with self.path.open(newline="") as f:
-            return [row for row in csv.DictReader(f) if None not in row.values()]
-
-    def _write(self, rows: list[dict[str, Any]]) -> None:
-        """The whole file."""
-        if not rows:
-            return
-        self.columns = list(dict.fromkeys(name for row in rows for name in row))
-        with replacing(self.path) as temporary, temporary.open("w", newline="") as f:
-            writer = csv.DictWriter(f, self.columns)
-            writer.writeheader()
-            writer.writerows(rows)
-
-    def add(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        if len(self.rows) >= 50:
-            self.flush()
-
-    def flush(self) -> None:
-        if any(row.keys() - set(self.columns) for row in self.rows):  # terms that came later
-            self._write(self._stored() + self.rows)
-        elif self.rows:
-            with self.path.open("a", newline="") as f:
-                csv.DictWriter(f, self.columns).writerows(self.rows)
-        self.rows = []

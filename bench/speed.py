@@ -406,7 +406,7 @@ def step_cases(root: Path, cache: Path, device: torch.device) -> dict[str, Case]
         batches = train.Batches(streams, job.recipe, 0, indexes)[0]
         batches = {name: batch.to(device) for name, batch in batches.items()}
         label = f"{preset} preset, batch {r.batch}, {precision}"
-        step = counted(partial(job.learn, batches))
+        step = counted(partial(job.learn, [batches]))
         held = memory(job, batches)
         cases[f"training step, {method}, {label}"] = step._replace(memory=held)
         if method == "ftdpp":

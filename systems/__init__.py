@@ -38,21 +38,23 @@ def seed_torch(seed: int, *purpose: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Chance:
-    """All chance of one iteration: a function of the seed and the iteration, nothing is stored."""
+    """All chance of one part of an iteration: a function of seed and numbers, nothing is stored."""
 
     seed: int
     iteration: int  # from 0
+    part: int = 0  # of the update, over all processes
 
     def generator(self, *purpose: int) -> np.random.Generator:
-        """Random numbers of this iteration for one purpose."""
-        return generator(self.seed, *purpose, self.iteration)
+        """Random numbers of this part for one purpose."""
+        return generator(self.seed, *purpose, self.iteration, *([self.part] if self.part else []))
 
     def coin(self) -> bool:
-        """A coin flip, the same one whenever it is asked for."""
-        return bool(self.generator(COIN).random() < 0.5)
+        """A coin flip, the same one whenever it is asked for, in every part."""
+        return bool(generator(self.seed, COIN, self.iteration).random() < 0.5)
 
-    def seed_dropout(self) -> None:
-        seed_torch(self.seed, DROPOUT, self.iteration)
+    def seed_dropout(self, phase: int) -> None:
+        later = [self.part, phase] if self.part or phase else []
+        seed_torch(self.seed, DROPOUT, self.iteration, *later)
 
 
 # ---- the contract ------------------------------------------------------------------------------

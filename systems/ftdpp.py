@@ -57,7 +57,8 @@ class Recipe(recipe.Recipe):
     pseudo_debias: bool = True  # xDPL: scale it by exp(-KL) of the mimicry head
     pseudo_detach: bool = False  # stop the gradient through that factor (released: no)
     # MMST
-    teacher_image: str = "coin"  # coin: mixup or FDA by a coin flip an iteration; or always fda
+    teacher_image: str = "coin"  # coin: mixup or FDA by a coin flip an iteration; fda; none
+    teacher_density: bool = True  # density transfer of its points
     teacher_mix: float = 0.95  # share of the source in the teacher's mixup
     fda_beta: float = 0.1  # side of the exchanged block of the spectrum, a share of min(H, W)
     student_mix: float = 1.0  # share of the source in the student's source image; 1: unmixed
@@ -87,7 +88,8 @@ class Recipe(recipe.Recipe):
             "supervised must be source, target or both": (
                 self.supervised in ("source", "target", "both")
             ),
-            "teacher_image must be coin or fda": self.teacher_image in ("coin", "fda"),
+            "teacher_image must be coin, fda or none": self.teacher_image
+            in ("coin", "fda", "none"),
             "dropout wants two numbers in 0..1 (2D encoder, attention)": (
                 len(dropout) == 2 and all(0 <= p < 1 for p in dropout)
             ),
@@ -106,7 +108,7 @@ class Recipe(recipe.Recipe):
         reasons = {"the method and --ssda decide it": ["supervised"]}
         if not self.uses_teacher:
             distillation = ["distill_single", "distill_fused", "ema"]
-            styles = ["teacher_image", "teacher_mix", "fda_beta"]
+            styles = ["teacher_image", "teacher_density", "teacher_mix", "fda_beta"]
             reasons["it has no teacher"] = distillation + styles
         if not self.mimic_src and not self.mimic_tgt:
             reasons["it has no mimicry"] = ["mimic_src", "mimic_tgt"]
@@ -121,8 +123,10 @@ class Recipe(recipe.Recipe):
 
     def idle(self) -> dict[str, str]:
         reasons = {}
-        if self.teacher_image == "fda":
-            reasons["teacher_mix"] = "the teacher's images all go through FDA"
+        if self.teacher_image != "coin":
+            reasons["teacher_mix"] = f"teacher_image is {self.teacher_image}"
+        if self.teacher_image == "none":
+            reasons["fda_beta"] = "teacher_image is none"
         if not self.pseudo_debias:
             reasons["pseudo_detach"] = "the pseudo-labels are not debiased"
         return super().idle() | reasons
@@ -533,11 +537,14 @@ def stylise(labelled: Batch, unlabelled: Batch, r: Recipe, coin: bool) -> tuple[
     Returns:
         image (B, 3, H, W), coords (N, 4).
     """
-    if r.teacher_image == "fda" or coin:
-        image = fda(labelled.image, unlabelled.image, r.fda_beta)
-    else:
-        image = mixup(labelled.image, unlabelled.image, r.teacher_mix)
-    return image, density_transfer(labelled.points, unlabelled.points, len(labelled.image))
+    image, coords = labelled.image, labelled.points
+    if r.teacher_image == "fda" or (r.teacher_image == "coin" and coin):
+        image = fda(image, unlabelled.image, r.fda_beta)
+    elif r.teacher_image == "coin":
+        image = mixup(image, unlabelled.image, r.teacher_mix)
+    if r.teacher_density:
+        coords = density_transfer(coords, unlabelled.points, len(image))
+    return image, coords
 
 
 # ---- the losses ----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ftdpp import checkpoint, compare, evaluate, recipe, runs, systems, train
+from ftdpp import checkpoint, compare, evaluate, recipe, runs, screen, systems, train
 from ftdpp.data import CLASS_SETS, IGNORE, Batch
 from ftdpp.losses import cross_entropy
 from ftdpp.tests.commands import ftd, words
@@ -221,9 +221,9 @@ def test_comparison_takes_the_best_checkpoint(world: Path, cache: Path, tmp_path
     best = checkpoint.read_tensors(run.best_path, "")
     best["system/net.bias"] = torch.tensor([50.0, 0, 0, 0, 0, 0])  # says class 0 everywhere
     checkpoint.save(run.best_path, best, checkpoint.read_metadata(run.best_path))
-    job = compare.Job("stub", 0, run.out, run.recipe, ())
+    job = compare.Job(0, run.out, run.recipe, ())
     domains = {"src": "usa", "tgt": "singapore", "val": "singapore"}
     places = runs.Places({side: runs.Origin(d, world) for side, d in domains.items()}, cache)
-    work = compare.Comparison([job], places, torch.device("cpu"), 1)
-    [row] = work.run(lambda run, name: None, lambda *args: None)
+    work = compare.Comparison([job], {run.recipe.scenario: places}, torch.device("cpu"), 1)
+    [row] = work.run(screen.Display(screen.messages(), 1.0))
     assert [v for v in row["iou"]["3d"].values() if v] == [row["iou"]["3d"]["vehicle"]]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ftdpp import checkpoint, compare, index, runs, systems, train
+from ftdpp import checkpoint, compare, index, results, runs, systems, train
 from ftdpp.data import CLASS_SETS, IGNORE, Batch, Frame, collate, sample
 from ftdpp.pretrained import imagenet_weights
 from ftdpp.systems import crossmatch, image
@@ -460,7 +460,7 @@ def test_a_run_begins_as_its_source(world: Path, cache: Path, tmp_path: Path) ->
     assert (rates["all.2d"], rates["all.depth"]) == (1e-4, 5e-3)
     before = run.system.main_teacher.head.weight.clone()
     batches = train.Batches(run.streams, run.recipe, 0, run.indexes)[0]
-    run.learn(batches)
+    run.learn([batches])
     assert not torch.equal(run.system.main_teacher.head.weight, before), "the teacher follows"
     run.out.mkdir()
     run.save(run.last_path)
@@ -706,11 +706,11 @@ def test_comparison_trains_the_source_model_first(world: Path, cache: Path, tmp_
     jobs = compare.plan(
         "usa-singapore", "crossmatch", "0,1", "small", ["depth=none", "steps=3"], tmp_path
     )
-    assert [job.method for job in jobs] == ["source-only", "crossmatch"] * 2
+    assert [job.recipe.method for job in jobs] == ["source-only", "crossmatch"] * 2
     assert jobs[1].source == jobs[0].out and jobs[3].source == jobs[2].out
     for methods in ("source-only+pl,crossmatch", "crossmatch,source-only+pl"):
         mixed = compare.plan("usa-singapore", methods, "0", "small", ["width_3d=4"], tmp_path)
-        (job,) = (job for job in mixed if job.method == "crossmatch")
+        (job,) = (job for job in mixed if job.recipe.method == "crossmatch")
         assert job.source == tmp_path / "usa-singapore-source-only[width_3d=4]-seed0"
         assert job.out.name == "usa-singapore-crossmatch[width_3d=4]-seed0", "of another source"
     assert jobs[0].given == ("steps=3",) and jobs[1].given == ("steps=3", "depth=none")
@@ -719,7 +719,7 @@ def test_comparison_trains_the_source_model_first(world: Path, cache: Path, tmp_
     for _ in range(2):
         result = ftd(*args, "--steps", 2, *TINY)
         assert result.exit_code == 0, result.output
-    rows = json.loads((tmp_path / "compare.json").read_text())
+    rows = results.read(tmp_path / "compare.json")["rows"]
     assert [row["method"] for row in rows] == ["source-only", "self-training", "crossmatch"]
     assert list(rows[2]["miou"]) == ["2d"]
     run = next(tmp_path.glob("*crossmatch*"))
@@ -728,5 +728,5 @@ def test_comparison_trains_the_source_model_first(world: Path, cache: Path, tmp_
     first = next(tmp_path.glob("*source-only*")) / "best.safetensors"
     assert record["source"] == str(first)
     meta = checkpoint.read_metadata(run / "last.safetensors")
-    assert meta["source"] == train.digest(checkpoint.load(first)[0].camera_network())
+    assert meta["source"] == checkpoint.digest(checkpoint.load(first)[0].camera_network())
     assert "reconstruction from the abstract" in words(result)

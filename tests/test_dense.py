@@ -252,7 +252,7 @@ def test_comparison_of_two_roots(roots: dict[str, Path], tmp_path: Path) -> None
     result = ftd(*pair, *where, *more, "--steps", 1, *TINY)
     assert result.exit_code == 0, result.output
     assert "built-in world" not in words(result).lower(), "the reason of the preset, too"
-    rows = json.loads((tmp_path / "runs" / "compare.json").read_text())
+    rows = json.loads((tmp_path / "runs" / "compare.json").read_text())["rows"]
     assert [row["method"] for row in rows] == ["source-only", "target-only"]
     run = next((tmp_path / "runs").glob("*source-only*"))
     found = ftd("eval", run, "--domain", "gta5", "--data",

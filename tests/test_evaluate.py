@@ -226,7 +226,7 @@ def test_pseudo_labels_and_second_stage(
     result = ftd(*second)
     assert result.exit_code == 0, result.output
     assert "pseudo_2d" in (tmp_path / "second" / "log.csv").read_text()
-    assert "second stage" in words(result)
+    assert "ftdpp+pl" in words(result)
     before = (tmp_path / "second" / "last.safetensors").read_bytes()
     result = ftd("train", "--resume", tmp_path / "second")
     assert result.exit_code == 0, result.output

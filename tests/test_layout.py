@@ -12,8 +12,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
     *("files", "readers", "world", "data", "index", "kernels", "models", "pretrained", "losses"),
-    *("recipe", "systems", "checkpoint", "released", "evaluate", "inference", "machine", "train"),
-    *("runs", "compare", "report", "screen", "ftd"),
+    *(
+        "recipe",
+        "systems",
+        "checkpoint",
+        "released",
+        "evaluate",
+        "inference",
+        "machine",
+        "parallel",
+        "train",
+    ),
+    *("runs", "results", "report", "screen", "compare", "ftd"),
 )
 OUTSIDE = ("bench", "docs", "tests")  # not installed; they may import everything
 

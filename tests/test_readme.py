@@ -85,9 +85,11 @@ def test_every_command_parses(command: str) -> None:
         r = systems.recipe(scenario, method, preset, stage, options["set_"] or [])
         assert r.method == method
     elif name == "compare":
-        scenario = f"{options['src']}-{options['tgt']}" + ("-ssda" if options["ssda"] else "")
         rest = options["seeds"], options["preset"] or "small", options["set_"] or [], options["out"]
-        assert compare.plan(scenario, options["methods"], *rest)
+        for pair in zip(options["src"].split(","), options["tgt"].split(","), strict=True):
+            scenario = "-".join(pair) + ("-ssda" if options["ssda"] else "")
+            methods = compare.listed(options["methods"], scenario)
+            assert compare.plan(scenario, methods, *rest, options["sweep"] or [])
 
 
 def test_a_command_that_is_wrong_would_be_found() -> None:

@@ -115,8 +115,8 @@ def test_a_setting_that_the_method_does_not_read_is_refused(
 
 @pytest.mark.parametrize(("scenario", "settings", "why"), [
     ("usa-singapore", ["distill_single=0", "distill_fused=0", "ema=0.5"], "no teacher"),
-    ("usa-singapore", ["teacher_image=fda", "teacher_mix=0.5"], "FDA"),
-    ("day-night", ["teacher_mix=0.5"], "FDA"),
+    ("usa-singapore", ["teacher_image=fda", "teacher_mix=0.5"], "teacher_image is fda"),
+    ("day-night", ["teacher_mix=0.5"], "teacher_image is fda"),
     ("vkitti-skitti", ["pseudo_detach=true"], "not debiased"),
     ("usa-singapore", ["milestones=5"], "gamma is 1"),
     ("usa-singapore", ["classes=vkitti6"], "has labels for: street6"),

@@ -90,7 +90,7 @@ def test_facts_are_whole_on_a_terminal(width: int) -> None:
 def test_consoles_print_what_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
     """Brackets and colons in a path are no markup. A log shows no live line, FORCE_COLOR or not."""
     monkeypatch.setenv("FORCE_COLOR", "1")
-    for console in (screen.messages(), screen.results()):
+    for console in (screen.messages(), screen.output()):
         assert not console.is_interactive
         with console.capture() as capture:
             console.print("/data/[bold]/:smile:/[/x]")
@@ -100,7 +100,7 @@ def test_consoles_print_what_they_are_given(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_results_are_wide_in_a_pipe() -> None:
-    code = "from ftdpp import screen; screen.results().print('word ' * 30)"
+    code = "from ftdpp import screen; screen.output().print('word ' * 30)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert len(found.stdout.splitlines()) == 1
 
@@ -365,17 +365,6 @@ def test_score_table(heads: Sequence[str], width: int) -> None:
                   "1,234 POINTS OUTSIDE"):  # fmt: skip
         assert words in title
     assert "OUTSIDE" not in printed(screen.score_table(a_score(heads), "x"))
-
-
-def test_compare_table() -> None:
-    """Mean and deviation over seeds; a head that a method lacks is left blank."""
-    rows = [
-        {"title": "source-only", "seed": 0, "miou": {"2d": 0.40}},
-        {"title": "ftdpp", "seed": 0, "miou": {"2d": 0.50, "2d+3d": 0.61}},
-        {"title": "ftdpp", "seed": 1, "miou": {"2d": 0.52, "2d+3d": 0.63}},
-    ]
-    table = printed(screen.compare_table(rows, "usa -> singapore"))
-    assert columns(table) == ["methodsource-onlyftdpp", "2D40.051.0 ± 1.4", "2D+3D-62.0 ± 1.4"]
 
 
 def test_pseudo_table() -> None:

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ftdpp import checkpoint, files, readers, runs, systems, train
+from ftdpp.files import Log
 from ftdpp.readers import DataError, list_frames
 from ftdpp.tests.commands import TINY, ftd, same_bytes, train_args, words
 
@@ -184,7 +185,7 @@ def test_imagenet_weights_are_part_of_a_run(world: Path, cache: Path, tmp_path: 
 
 
 def test_a_log_survives_a_kill_and_new_columns(tmp_path: Path) -> None:
-    log = train._Log(tmp_path / "log.csv", 0)
+    log = Log(tmp_path / "log.csv", 0)
     for i in (1, 2, 3):
         log.add({"iteration": i, "a": i})
     log.flush()
@@ -192,7 +193,7 @@ def test_a_log_survives_a_kill_and_new_columns(tmp_path: Path) -> None:
     log.flush()
     with (tmp_path / "log.csv").open("a") as f:
         f.write("5")  # torn by a kill
-    log = train._Log(tmp_path / "log.csv", 3)
+    log = Log(tmp_path / "log.csv", 3)
     log.add({"iteration": 4, "b": 6})
     log.flush()
     rows = list(csv.DictReader((tmp_path / "log.csv").read_text().splitlines()))

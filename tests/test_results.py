@@ -1,0 +1,153 @@
+"""Figures as data: what is read, what is refused, and the tables made from it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftdpp import checkpoint, results, systems
+from ftdpp.checkpoint import RunError
+from ftdpp.compare import LISTS, plan
+from ftdpp.tests.commands import ftd, words
+
+
+def a_row(title: str, seed: int, miou: dict[str, float], **more: Any) -> results.Row:
+    iou = {head: {"vehicle": value, "manmade": None} for head, value in miou.items()}
+    row: results.Row = {"scenario": "usa-singapore", "method": title.split("[")[0], "title": title}
+    row |= {"seed": seed, "domain": "singapore", "split": "test", "frames": 48, "miou": miou}
+    return row | {"iou": iou, "checkpoint": "best.safetensors, iteration 960"} | more
+
+
+ROWS = [
+    a_row("source-only", 0, {"2d": 0.40}),
+    a_row("ftdpp", 0, {"2d": 0.50, "2d+3d": 0.61}),
+    a_row("ftdpp", 1, {"2d": 0.52, "2d+3d": 0.63}),
+    a_row("ftdpp[teacher_image=none]", 0, {"2d": 0.5, "2d+3d": 0.6}),
+]
+
+
+def a_file(path: Path, rows: list[results.Row]) -> Path:
+    results.write(path, rows, "ftd compare", "a machine", "small")
+    return path
+
+
+def test_mean_and_deviation_beside_the_paper() -> None:
+    """Over seeds; a head that a method lacks is a dash; the paper's row under its plain name."""
+    [table] = results.tables(ROWS)
+    assert table.title == (
+        "usa -> singapore: mIoU in percent on test (48 frames), checkpoint chosen on val, "
+        "seeds 0, 1"
+    )
+    assert table.columns == ["method", "2D", "2D+3D", "paper"]
+    spread = 100 * statistics.stdev([0.5, 0.52])
+    assert table.rows[1][1] == results.Figure(pytest.approx(51.0), pytest.approx(spread))
+    shown = [[str(cell) for cell in row] for row in table.rows]
+    assert shown == [
+        ["source-only", "40.0", "-", "58.4 / 62.8 / 68.2"],
+        ["ftdpp", "51.0 ± 1.4", "62.0 ± 1.4", "69.7 / 64.6 / 69.8"],
+        ["ftdpp[teacher_image=none]", "50.0", "60.0", ""],
+    ]
+    of_classes = results.tables(ROWS, head="2d")[0]
+    assert of_classes.columns == ["method", "vehicle", "manmade", "mIoU"]
+    assert [str(cell) for cell in of_classes.rows[0]] == ["source-only", "40.0", "-", "40.0"]
+    with pytest.raises(RunError, match="usa-singapore has 2d, 2d"):
+        results.tables(ROWS, head="4d")
+    more = [a_row("ftdpp", 0, {"2d": 1.0}, scenario="a2d2-skitti-ssda", split="val")]
+    titles = [table.title for table in results.tables(ROWS + more)]
+    assert titles[1] == "a2d2 -> skitti, SSDA: mIoU in percent on val (48 frames), seed 0"
+
+
+def test_formats(tmp_path: Path) -> None:
+    file = a_file(tmp_path / "a.json", ROWS)
+    text = ftd("table", file)
+    assert text.exit_code == 0, text.output
+    assert "51.0 ± 1.4" in text.output and "paper" in text.output
+    md = ftd("table", file, "--format", "md").output
+    assert "| ftdpp | 51.0 ± 1.4 | 62.0 ± 1.4 | 69.7 / 64.6 / 69.8 |" in md
+    assert md.count("|") == 5 * 5, "every line has every cell"
+    tex = ftd("table", file, "--format", "latex").output
+    assert r"ftdpp & 51.0 $\pm$ 1.4 & 62.0 $\pm$ 1.4 & 69.7 / 64.6 / 69.8 \\" in tex
+    assert r"ftdpp[teacher\_image=none]" in tex and r"\begin{tabular}{lrrr}" in tex
+    rows = list(csv.DictReader(io.StringIO(ftd("table", file, "--format", "csv").output)))
+    of_ftdpp = {row["column"]: row for row in rows if row["method"] == "ftdpp"}
+    assert of_ftdpp["2D"]["mean"] == "51.000" and of_ftdpp["2D"]["deviation"] == "1.414"
+    classes = ftd("table", file, "--classes", "--head", "2d", "--format", "md").output
+    assert "| ftdpp | 51.0 ± 1.4 | - | 51.0 ± 1.4 |" in classes
+    wrong = ftd("table", file, "--head", "2d")
+    assert wrong.exit_code == 2 and "add --classes" in words(wrong)
+    wrong = ftd("table", file, "--split", "train")
+    assert wrong.exit_code == 1 and "no figure of the split train" in words(wrong)
+
+
+def test_the_first_place_that_has_a_run_counts(tmp_path: Path) -> None:
+    other = [a_row("ftdpp", 0, {"2d": 0.9}), a_row("ftdpp", 2, {"2d": 0.6})]
+    places = a_file(tmp_path / "a.json", ROWS), a_file(tmp_path / "b.json", other)
+    found = results.collect(places)
+    assert found == [*ROWS, other[1]]
+
+
+def test_files_of_others_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "compare.json"
+    whole = json.loads(a_file(path, ROWS).read_text())
+    assert whole["command"] == "ftd compare" and results.read(path)["rows"] == ROWS
+    for damaged in (
+        "",
+        "[]",
+        "{}",
+        "null",
+        json.dumps({**whole, "rows": "x"}),
+        json.dumps({**whole, "rows": [1]}),
+        json.dumps({**whole, "rows": [{**ROWS[0], "seed": "0"}]}),
+        json.dumps({**whole, "rows": [{**ROWS[0], "miou": {"2d": None}}]}),
+        json.dumps({**whole, "rows": [{**ROWS[0], "miou": {}}]}),
+        json.dumps({**whole, "machine": 1}),
+    ):
+        path.write_text(damaged)
+        result = ftd("table", path)
+        assert result.exit_code == 1 and "compare.json" in words(result), damaged
+    result = ftd("table", tmp_path / "no.json")
+    assert result.exit_code == 1 and "No such file" in words(result)
+
+
+def test_a_run_s_folder_holds_its_figures(finished: Path, cache: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / results.OF_A_RUN).unlink(missing_ok=True)
+    result = ftd("table", run)
+    assert result.exit_code == 1 and f"ftd eval {run}" in words(result)
+    for split in ("val", "test"):
+        result = ftd("eval", run, "--split", split, "--cache", cache, "--threads", 1, "--json")
+        assert result.exit_code == 0, result.output
+    score = json.loads(result.stdout[result.stdout.index("{") :])
+    row = results.of_run(run)
+    assert row["split"] == "test" and row["miou"] == score["miou"] and row["method"] == "ftdpp"
+    assert results.of_run(run, "val")["split"] == "val"
+    shown = ftd("table", run, "--split", "val").output
+    assert "on val (" in shown
+    before = (run / results.OF_A_RUN).read_bytes()
+    ftd("eval", run, "--checkpoint", "last", "--cache", cache, "--threads", 1)
+    assert (run / results.OF_A_RUN).read_bytes() == before, "of the best checkpoint alone"
+    meta = checkpoint.read_metadata(run / "best.safetensors")
+    tensors = checkpoint.read_tensors(run / "best.safetensors", "")
+    checkpoint.save(run / "best.safetensors", tensors, {**meta, "seed": 5})
+    result = ftd("table", run)
+    assert result.exit_code == 1 and "of another best.safetensors" in words(result)
+
+
+def test_the_paper_s_rows_are_methods_of_ours() -> None:
+    """By the names that the tables use."""
+    for scenario, rows in results.published().items():
+        for name, values in rows.items():
+            assert len(values) == (1 if "cityscapes" in scenario else 3)
+            method, stage, _ = name.partition("+pl")
+            r = systems.recipe(scenario, method, "small", bool(stage))
+            assert r.scenario == scenario
+    titles = {job.title for job in plan("usa-singapore", LISTS["paper"], "0", "small", [], Path())}
+    assert set(results.published()["usa-singapore"]) == titles
