@@ -179,7 +179,8 @@ def published() -> dict[str, dict[str, list[float]]]:
     return found
 
 
-def _figure(values: Sequence[float]) -> Cell:
+def figure(values: Sequence[float]) -> Cell:
+    """Mean and deviation of fractions, in percent; a dash for none."""
     if not values:
         return "-"
     deviation = 100 * statistics.stdev(values) if len(values) > 1 else None
@@ -209,7 +210,7 @@ def tables(rows: Sequence[Row], head: str | None = None, paper: bool = True) -> 
             runs = [row for row in mine if row["title"] == name]
             parts = [_values(runs, column, head) for column in columns]
             mean = [] if head is None else [_values(runs, head, None)]
-            lines.append([name, *map(_figure, [*parts, *mean])])
+            lines.append([name, *map(figure, [*parts, *mean])])
             if any(n in theirs for n in names):
                 lines[-1].append(" / ".join(f"{value:.1f}" for value in theirs.get(name, [])))
         heading = [h.upper() for h in heads] if head is None else [*columns, "mIoU"]
