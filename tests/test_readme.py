@@ -149,7 +149,7 @@ def test_prose_is_not_too_wide() -> None:
 def test_pictures() -> None:
     """They are there, small and readable; the figure is what docs/figures.py draws."""
     names = re.findall(r"!\[[^\]]+\]\((docs/[^)]+)\)", README)
-    assert len(names) == 5
+    assert len(names) == 4
     names += [f"docs/{n}" for t in PAGES.values() for n in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", t)]
     for name in names:
         assert (ROOT / name).stat().st_size < 200_000, name
