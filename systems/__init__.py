@@ -197,6 +197,7 @@ METHODS: dict[str, Method] = {
     "logcoral": Method("family", {**_NO_MIMICRY, "logcoral": 1e-3}, semi_supervised=True),
     "fda": Method("family", {**_NO_MIMICRY, "student_fda": 0.1}),
     "xmuda": Method("family", semi_supervised=True),
+    "bftd": Method("bftd"),
     "ftdpp": Method("ftdpp", semi_supervised=True),
     "self-training": Method("crossmatch", {"auxiliary": False}, dense="crossmatch"),
     "crossmatch": Method("crossmatch", dense="crossmatch"),

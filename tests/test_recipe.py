@@ -42,7 +42,7 @@ def test_recipes_of_all_rows() -> None:
                 assert len({s.number for s in streams.values()}) == len(streams)
 
 
-def test_only_ftdpp_has_a_teacher_among_the_published_rows() -> None:
+def test_only_ftdpp_and_bftd_have_a_teacher_among_the_published_rows() -> None:
     without = (
         "source-only",
         "source-only-fusion",
@@ -54,7 +54,8 @@ def test_only_ftdpp_has_a_teacher_among_the_published_rows() -> None:
     )
     for method in without:
         assert not systems.recipe("usa-singapore", method).uses_teacher
-    assert systems.recipe("usa-singapore", "ftdpp").uses_teacher
+    for method in ("bftd", "ftdpp"):
+        assert systems.recipe("usa-singapore", method).uses_teacher
 
 
 def test_coefficients_of_ftdpp() -> None:
