@@ -194,7 +194,7 @@ METHODS: dict[str, Method] = {
     "source-only-fusion": Method("ftdpp", {**NO_TEACHER, **_NO_MIMICRY}),
     "source-target": Method("family", _NO_MIMICRY, semi_supervised=True, unsupervised=False),
     "minent": Method("family", {**_NO_MIMICRY, "entropy": 1e-3}, semi_supervised=True),
-    "logcoral": Method("family", {**_NO_MIMICRY, "logcoral": 1e-3}, semi_supervised=True),
+    "logcoral": Method("family", {**_NO_MIMICRY, "logcoral": 1.0}, semi_supervised=True),
     "fda": Method("family", {**_NO_MIMICRY, "student_fda": 0.1}),
     "xmuda": Method("family", semi_supervised=True),
     "bftd": Method("bftd"),

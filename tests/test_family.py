@@ -307,7 +307,7 @@ def test_weights_and_their_sources() -> None:
     """ADVENT's for the entropy; the schedule of xMUDA's release for all."""
     for method, name, value in (
         ("minent", "entropy", 0.001),
-        ("logcoral", "logcoral", 0.001),
+        ("logcoral", "logcoral", 1.0),
         ("fda", "student_fda", 0.1),
     ):
         r = systems.recipe("a2d2-skitti", method)
