@@ -64,10 +64,8 @@ class _Draw:
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def batch(self, iteration: int, part: int = 0, parts: int = 1) -> Batch:
-        """The batch of one of an iteration's parts: a function of seed, stream and numbers.
-
-        Parts are pieces of what one part of as many frames would draw.
-        """
+        """The batch of a part of an iteration, a piece of what one part with all frames would be:
+        a function of seed, stream and numbers."""
         seed, number, samples = self.seed, self.stream.number, []
         frames = self.stream.frames
         for slot in range(part * frames, (part + 1) * frames):
@@ -83,10 +81,7 @@ class _Draw:
 
 
 class Batches(torch.utils.data.Dataset):
-    """The items of iteration i, one a part of this process: a batch of each stream.
-
-    Without accumulation item i is iteration i.
-    """
+    """Item i is the data of iteration i, a batch of each stream; with parts, of one part of it."""
 
     def __init__(
         self,
@@ -191,11 +186,9 @@ class Run:
         return self.out / "best.safetensors"
 
     def learn(self, parts: Sequence[dict[str, Batch]]) -> dict[str, Tensor]:
-        """One iteration: in each phase losses and gradients of every part, and an optimiser step.
+        """One iteration: losses and gradients of every part, an optimiser step, for each phase.
 
-        Returns:
-            the terms, averaged over parts and processes.
-        """
+        Returns the terms, averaged over parts and processes."""
         first, count = parallel.rank() * len(parts), len(parts)
         terms: dict[str, Tensor] = {}
         rate = self.system.rate(self.iteration)

@@ -183,17 +183,23 @@ class Method(NamedTuple):
     module: str  # below ftdpp.systems; with a dot in it, any module
     settings: Mapping[str, Any] = {}
     semi_supervised: bool = False  # whether it can use labelled target frames beside the source
+    unsupervised: bool = True  # whether it can do without them
     dense: str = ""  # the module that takes its place on dense data sets; empty: it needs points
 
 
-_NO_TEACHER = {"distill_single": 0.0, "distill_fused": 0.0, "student_mix": 1.0}
+NO_TEACHER = {"distill_single": 0.0, "distill_fused": 0.0, "student_mix": 1.0}
 _NO_MIMICRY = {"mimic_src": 0.0, "mimic_tgt": 0.0}
-_XMUDA = {**_NO_TEACHER, "fusion": False, "ce_3d": 1.0, "pseudo_debias": False}
+_ORACLE = {**_NO_MIMICRY, "supervised": "target", "class_weights": ()}
 
 METHODS: dict[str, Method] = {
-    "source-only": Method("family", {**_XMUDA, **_NO_MIMICRY}, dense="image"),
-    "source-only-fusion": Method("ftdpp", {**_NO_TEACHER, **_NO_MIMICRY}),
-    "xmuda": Method("family", _XMUDA, semi_supervised=True),
+    "source-only": Method("family", _NO_MIMICRY, dense="image"),
+    "source-only-fusion": Method("ftdpp", {**NO_TEACHER, **_NO_MIMICRY}),
+    "source-target": Method("family", _NO_MIMICRY, semi_supervised=True, unsupervised=False),
+    "minent": Method("family", {**_NO_MIMICRY, "entropy": 1e-3}, semi_supervised=True),
+    "logcoral": Method("family", {**_NO_MIMICRY, "logcoral": 1.0}, semi_supervised=True),
+    "fda": Method("family", {**_NO_MIMICRY, "student_fda": 0.1}),
+    "xmuda": Method("family", semi_supervised=True),
+    "bftd": Method("bftd"),
     "ftdpp": Method("ftdpp", semi_supervised=True),
     "self-training": Method("crossmatch", {"auxiliary": False}, dense="crossmatch"),
     "crossmatch": Method("crossmatch", dense="crossmatch"),
@@ -201,11 +207,7 @@ METHODS: dict[str, Method] = {
     "clip-xmuda": Method("clip2uda", {"prompts": False}),
     "clip2uda": Method("clip2uda"),
     "weak": Method("weak"),
-    "target-only": Method(
-        "family",
-        {**_XMUDA, **_NO_MIMICRY, "supervised": "target", "class_weights": ()},
-        dense="image",
-    ),
+    "target-only": Method("family", _ORACLE, semi_supervised=True, dense="image"),
 }
 PRESETS = ("paper", "small")
 
@@ -231,19 +233,16 @@ def recipe(
         RecipeError: an unknown name (with the closest known one), a value that cannot work, or a
             setting that the method does not read.
     """
-    for what, found, known in (
-        ("method", method, list(METHODS)),
-        ("preset", preset, list(PRESETS)),
-    ):
+    for what, found, known in (("method", method, METHODS), ("preset", preset, PRESETS)):
         if found not in known:
-            raise unknown(what, found, known)
+            raise unknown(what, found, list(known))
     row, system = METHODS[method], system_of(method, scenario)
     if scenario.endswith("-ssda") and not row.semi_supervised:
         able = ", ".join(methods_for(scenario))
-        raise RecipeError(
-            f"{method} has no semi-supervised form; drop --ssda"
-            + (f", or use: {able}" if able else "")
-        )
+        hint = f", or use: {able}" if able else ""
+        raise RecipeError(f"{method} has no semi-supervised form; drop --ssda{hint}")
+    if not scenario.endswith("-ssda") and not row.unsupervised:
+        raise RecipeError(f"{method} needs labelled frames of the target; add --ssda")
     scenario_row = system.scenarios.get(scenario)
     if scenario_row is None:
         scenario_row = {**default_row(scenario, list(system.scenarios)), **system.default}
@@ -284,9 +283,8 @@ def methods_for(scenario: str, second_stage: bool = False) -> list[str]:
     """The methods that have a form for a scenario, and for its second stage."""
 
     def fits(name: str, row: Method) -> bool:
-        if is_dense(scenario) and not row.dense:
-            return False
-        if scenario.endswith("-ssda") and not row.semi_supervised:
+        form = row.semi_supervised if scenario.endswith("-ssda") else row.unsupervised
+        if not form or (is_dense(scenario) and not row.dense):
             return False
         system = system_of(name, scenario)
         if second_stage and not system.second_stage:
@@ -364,9 +362,7 @@ def default_row(scenario: str, known: Sequence[str]) -> dict[str, Any]:
         raise RecipeError(f"{source.name} and {target.name} have no class set in common")
     first, second = (readers.reader_of(domain) for domain in (source, target))
     row: dict[str, Any] = {"classes": shared[0], "image": second.image or (0, 0)}
-    if (
-        first.crop or second.crop
-    ):  # images of different sizes: crops in training, one at a time else
+    if first.crop or second.crop:  # images of several sizes: training on crops, one at a time else
         size = second.image or first.image  # where one has a size of its own, crops of that size
         row |= {"crop": size or second.crop or first.crop, "image": size or (0, 0)}
         row |= {"batch": 4, "eval_batch": 1}

@@ -69,9 +69,14 @@ class Recipe(recipe.Recipe):
         return bool(self.distill_single or self.distill_fused)
 
     @property
+    def sees_target(self) -> bool:
+        """Whether the student predicts the unlabelled target frames."""
+        return bool(self.mimic_tgt or self.pseudo)
+
+    @property
     def uses_target(self) -> bool:
         """Whether an iteration needs unlabelled target frames."""
-        return bool(self.mimic_tgt or self.pseudo or self.uses_teacher or self.student_mix < 1)
+        return self.sees_target or self.uses_teacher or self.student_mix < 1
 
     def rules(self) -> dict[str, bool]:
         weights = (
@@ -616,7 +621,7 @@ class System(Contract):
     """
 
     Recipe = Recipe
-    training_only = ("teacher",)
+    training_only: ClassVar[tuple[str, ...]] = ("teacher",)
     scenarios = SCENARIOS
     semi_supervised: ClassVar[dict[str, Any]] = {"supervised": "both"}
     second_stage: ClassVar[dict[str, Any]] = {"pseudo": 1.0}
@@ -694,7 +699,7 @@ class System(Contract):
             terms["mimic_2d_src"] = r.mimic_src * kl_2d
             terms["mimic_3d_src"] = r.mimic_src * kl_3d
 
-        if r.mimic_tgt or r.pseudo:
+        if r.sees_target:
             assert unlabelled is not None
             tgt = student(unlabelled.image, unlabelled.pixel, unlabelled.points)
             terms |= self.target_terms(tgt, unlabelled)
@@ -748,8 +753,7 @@ class System(Contract):
         return {f"{n}.{k}": t for n, part in parts.items() for k, t in part.state_dict().items()}
 
     def encoders(self) -> list[nn.Module]:
-        networks = [self.student, self.teacher]
-        return [net.net_2d.trunk for net in networks if net is not None]
+        return [n.net_2d.trunk for n in (self.student, self.teacher) if n is not None]
 
     @classmethod
     def cost(cls, r: Any) -> float:
@@ -758,6 +762,6 @@ class System(Contract):
         The fusion module takes as long as four fifths of the rest.
         """
         passes = 3.0
-        passes += 3.0 if r.mimic_tgt or r.pseudo else 0.0
+        passes += 3.0 if r.sees_target else 0.0
         passes += 1.0 if r.uses_teacher else 0.0
         return r.batch * passes * (1.8 if r.fusion else 1.0)

@@ -25,6 +25,10 @@ def test_recipes_of_all_rows() -> None:
                 with pytest.raises(RecipeError, match="no semi-supervised form"):
                     systems.recipe(scenario, method)
                 continue
+            if not scenario.endswith("-ssda") and not row.unsupervised:
+                with pytest.raises(RecipeError, match="add --ssda"):
+                    systems.recipe(scenario, method)
+                continue
             for preset in systems.PRESETS:
                 r = systems.recipe(scenario, method, preset)
                 assert (r.scenario, r.method) == (scenario, method)
@@ -38,10 +42,20 @@ def test_recipes_of_all_rows() -> None:
                 assert len({s.number for s in streams.values()}) == len(streams)
 
 
-def test_only_ftdpp_has_a_teacher_among_the_published_rows() -> None:
-    for method in ("source-only", "source-only-fusion", "xmuda", "target-only"):
+def test_only_ftdpp_and_bftd_have_a_teacher_among_the_published_rows() -> None:
+    without = (
+        "source-only",
+        "source-only-fusion",
+        "minent",
+        "logcoral",
+        "fda",
+        "xmuda",
+        "target-only",
+    )
+    for method in without:
         assert not systems.recipe("usa-singapore", method).uses_teacher
-    assert systems.recipe("usa-singapore", "ftdpp").uses_teacher
+    for method in ("bftd", "ftdpp"):
+        assert systems.recipe("usa-singapore", method).uses_teacher
 
 
 def test_coefficients_of_ftdpp() -> None:
@@ -175,19 +189,22 @@ def test_no_setting_that_a_step_reads_is_called_unread(
     method: str, pseudo: bool, tmp_path: Path
 ) -> None:
     """By watching a whole step. What the method decides is read, but not for the user to set."""
-    cls = systems.system_of(method, "usa-singapore")
+    scenario = "usa-singapore" + ("" if systems.METHODS[method].unsupervised else "-ssda")
+    cls = systems.system_of(method, scenario)
     if pseudo and not cls.second_stage:
         with pytest.raises(RecipeError, match="has no second stage on pseudo-labels"):
-            systems.recipe("usa-singapore", method, "small", pseudo)
+            systems.recipe(scenario, method, "small", pseudo)
         return
-    r = systems.recipe("usa-singapore", method, "small", pseudo)
+    r = systems.recipe(scenario, method, "small", pseudo)
     given = ["batch=2"]
     if hasattr(r, "dropout"):
         given.append("dropout=0,0" if isinstance(r.dropout, tuple) else "dropout=0")
     if r.needs_clip:
         given.append(f"clip={write_clip(tmp_path / 'clip')}")
-    r = systems.recipe("usa-singapore", method, "small", pseudo, given)
+    r = systems.recipe(scenario, method, "small", pseudo, given)
     weights = {"class_weights": (1.0,) * 6}
+    if scenario.endswith("-ssda"):
+        weights["class_weights_tgt"] = (1.0,) * 6
     spied = spying(type(r))(**dataclasses.asdict(r) | weights)
     system = systems.build(spied).train()
     system.streams(spied)
@@ -195,6 +212,8 @@ def test_no_setting_that_a_step_reads_is_called_unread(
     READ.clear()
     batches = {"labelled": a_batch(0), "unlabelled": a_batch(1, pseudo=True)}
     batches["target"] = a_batch_with_depth()
+    if scenario.endswith("-ssda"):
+        batches["labelled_tgt"] = a_batch(2)
     terms = [system(phase, batches, systems.Chance(0, 0)) for phase in system.optimizers()]
     system.after_step(1)
     decided = {"supervised", "auxiliary", *cls.inherited}
