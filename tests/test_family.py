@@ -184,7 +184,7 @@ def test_pl_is_source_only_with_its_second_stage() -> None:
     assert touched(system.student, terms["pseudo_2d"]) == {"net_2d.trunk", "net_2d.main"}
     assert touched(system.student, terms["pseudo_3d"]) == {"net_3d.trunk", "net_3d.main"}
     jobs = compare.plan("usa-singapore", "source-only+pl", "0", "small", [], Path("runs"))
-    assert [job.method for job in jobs] == ["source-only", "source-only+pl"]
+    assert [job.title for job in jobs] == ["source-only", "source-only+pl"]
     assert [job.recipe.pseudo for job in jobs] == [0, 1]
 
 
