@@ -35,7 +35,7 @@ def shot(name: str, city: str, number: int, camera: cast.Camera = CAMERA) -> tup
     position, rotation, turn = placed(street)
     rng = np.random.default_rng(number)
     above = position + np.array((0, 0, 0.25))
-    points, label = cast.sweep(street, LIDAR, (above, turn), 0.05, rng)
+    points, label = cast.sweep(street, LIDAR, (above, turn), rng)
     picture = cast.photo(street, camera, (position, rotation), rng)
     points[:, :3] = points[:, :3] @ turn.T + above
     return street, picture, points, label

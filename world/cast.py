@@ -649,10 +649,10 @@ def _develop(scene: Scene, radiance: Array, rng: Rng) -> Array:
     return (film + light.grain * grain).clip(0, 255).astype(np.uint8)
 
 
-def sweep(scene: Scene, lidar: Lidar, pose: Pose, drop: float, rng: Rng) -> tuple[Array, Array]:
+def sweep(scene: Scene, lidar: Lidar, pose: Pose, rng: Rng) -> tuple[Array, Array]:
     """Points (N, 5) f32 (x, y, z in the LiDAR's frame, intensity 0-255, ring), labels (N,) u8.
 
-    drop: share of returns that are lost. Column by column, as the sensor spins.
+    Column by column, as the sensor spins.
     """
     rays, own = _cast_lidar(scene, lidar, pose)
     spin = np.arange(len(rays.hit)).reshape(-1, lidar.columns).T.ravel()
@@ -664,7 +664,7 @@ def sweep(scene: Scene, lidar: Lidar, pose: Pose, drop: float, rng: Rng) -> tupl
     incidence = np.abs((surface.normal * direction).sum(1)) ** np.float32(0.6)
     speckle = rng.uniform(0.8, 1.2, count)
     echo = surface.reflect * (0.1 + 0.9 * incidence) * speckle
-    keep = rng.random(count) > drop
+    keep = rng.random(count) > scene.world.lidar_drop
     keep &= rng.random(count) < 1 - np.exp(-echo * (55.0 / distance) ** 2 * 3.0)
     # Grass scatters the beam, which is what tells a lawn from a pavement at the same height.
     spread = np.where(label == world.TERRAIN, 0.04, 0.015)

@@ -77,9 +77,9 @@ class Scene:
         self.rows: list[tuple[Any, ...]] = []  # of PRIMITIVE
         self.lamps: list[Vector] = []  # positions of street lamps
         self.reach = (-75.0, travel + 115.0)  # first and last x that is built
-        self.city, style = CITIES[city], WORLDS[world]
-        dull = len(style.lights) > 1 and rng.random() < 0.5
-        self.light = LIGHTS[style.lights[dull]]
+        self.city, self.world = CITIES[city], WORLDS[world]
+        dull = len(self.world.lights) > 1 and rng.random() < 0.5
+        self.light = LIGHTS[self.world.lights[dull]]
         self.lanes = 1 + int(rng.random() < self.city.two_lanes)  # in each direction
         parking = rng.random() < self.city.parking
         self.lane = rng.uniform(3, 3.4)  # width
