@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ftdpp import checkpoint, runs, systems
+from ftdpp import checkpoint, files, runs, systems
 from ftdpp.checkpoint import RunError
 from ftdpp.evaluate import evaluate, write_pseudo_labels
-from ftdpp.files import Progress, replacing
+from ftdpp.files import Progress
 from ftdpp.index import Index, require_labels
 from ftdpp.readers import domains
 from ftdpp.recipe import RecipeError, given_names, settings, settings_of
@@ -247,5 +247,4 @@ class Comparison:
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write the rows of a comparison as JSON."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(rows, indent=1))
+    files.write(path, json.dumps(rows, indent=1).encode())

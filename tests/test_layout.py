@@ -11,7 +11,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
-    *("files", "readers", "world", "data", "index", "kernels", "models", "pretrained", "losses"),
+    *(
+        "files",
+        "processes",
+        "readers",
+        "world",
+        "data",
+        "index",
+        "kernels",
+        "models",
+        "pretrained",
+        "losses",
+    ),
     *("recipe", "systems", "checkpoint", "released", "evaluate", "inference", "machine", "train"),
     *("runs", "compare", "report", "screen", "ftd"),
 )

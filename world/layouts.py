@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from ftdpp import files
+from ftdpp.processes import in_processes
 from ftdpp.world import dense, nuscenes, points
 from ftdpp.world.rig import Layout, Shot
 from ftdpp.world.scene import TABLES, WORLDS
 
 VERSION = 2  # of the content: changes with every byte that is written
 FRAMES_PER_STREET = 4
-PLAN = "plan.json"  # tells one plan from another; gone from a finished world
 NUSCENES = nuscenes.NuScenes("nuscenes")
 LAYOUTS: dict[str, Layout] = {
     **dict.fromkeys(("usa", "singapore", "day", "night"), NUSCENES),
@@ -34,9 +28,7 @@ LAYOUTS: dict[str, Layout] = {
     "synthia": dense.Synthia("synthia"),
     "cityscapes": dense.Cityscapes("cityscapes"),
 }
-DEFAULT_FRAMES: dict[tuple[str, str], dict[str, int]] = {
-    (source, target): frames for source, target, frames in TABLES["pairs"]
-}
+DEFAULT_FRAMES = {(source, target): frames for source, target, frames in TABLES["pairs"]}
 PAIRS = tuple(DEFAULT_FRAMES)
 
 
@@ -68,72 +60,13 @@ def _folder(domain: str) -> str:
     return "" if LAYOUTS[domain] is NUSCENES else domain
 
 
-def _put(path: Path, content: bytes) -> None:
-    with files.replacing(path) as temporary:
-        temporary.write_bytes(content)
-
-
 def _write(root: Path, shot: Shot) -> None:
     """Writes a frame below `root`, unless its files are all there: each was written whole."""
     layout = LAYOUTS[shot.world]
     paths = [root / file for file in layout.files(shot)]
     if not all(path.exists() for path in paths):
         for path, content in zip(paths, layout.contents(shot, shot.scene()), strict=True):
-            _put(path, content)
-
-
-def _die_with_parent() -> None:
-    """Ends this worker when its parent is gone: a killed parent cannot stop it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@contextmanager
-def in_processes(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
-    """A `map` by as many processes; by none beside this one where one is enough."""
-    if count < 2:
-        yield map
-        return
-    # Spawned, not forked: the caller may hold threads or a CUDA context.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(count, context, _die_with_parent)
-    try:
-        yield pool.map
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _build(
-    root: Path,
-    plan: list[Any],
-    sets: dict[str, list[Shot]],
-    processes: int,
-    progress: files.Progress | None,
-) -> None:
-    """Builds the frames of `sets` below `root`, on top of what a killed build of `plan` left."""
-    note, content = root / PLAN, json.dumps(plan)
-    if not note.exists() or note.read_text() != content:
-        if root.exists():
-            shutil.rmtree(root)
-        _put(note, content.encode())
-    shots = [shot for part in sets.values() for shot in part]
-    homes = [root / folder for folder, part in sets.items() for _ in part]
-    with in_processes(min(processes, len(shots))) as mapped:
-        for done, _ in enumerate(mapped(_write, homes, shots), 1):
-            if progress:
-                progress(done, len(shots), "building the street world")
-    for folder, part in sets.items():
-        for name, text in LAYOUTS[part[0].world].tables(part).items():
-            _put(root / folder / name, text.encode())
-    for stale in root.rglob(".*.tmp"):  # of workers that were killed
-        stale.unlink()
+            files.write(path, content)
 
 
 def sizes_of(source: str, target: str, overrides: dict[str, int]) -> dict[str, int]:
@@ -178,16 +111,31 @@ def write_world(
     sizes = sizes_of(source, target, frames or {})
     if seed < 0 or workers < 1:
         raise ValueError(f"seed is {seed} and workers {workers}, expected seed >= 0, workers >= 1")
-    partial = root.with_name(f".{root.name}.partial")
+    partial, plan = root.with_name(f".{root.name}.partial"), [VERSION, source, target, sizes, seed]
+    note, content = partial / "plan.json", json.dumps(plan).encode()  # of what is being built there
+    sets = shots_of(source, target, sizes, seed)
+    shots = [shot for part in sets.values() for shot in part]
+    homes = [partial / folder for folder, part in sets.items() for _ in part]
     with files.locked(partial):  # another process may write it while this one waits
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
             raise FileExistsError(
                 f"{root} exists and is not an empty folder: remove it or choose another place"
             )
-        sets = shots_of(source, target, sizes, seed)
-        _build(partial, [VERSION, source, target, sizes, seed], sets, workers, progress)
+        if not note.exists() or note.read_bytes() != content:
+            if partial.exists():
+                shutil.rmtree(partial)
+            files.write(note, content)
+        with in_processes(min(workers, len(shots))) as mapped:
+            for done, _ in enumerate(mapped(_write, homes, shots), 1):
+                if progress:
+                    progress(done, len(shots), "building the street world")
+        for folder, part in sets.items():
+            for name, text in LAYOUTS[part[0].world].tables(part).items():
+                files.write(partial / folder / name, text.encode())
+        for stale in partial.rglob(".*.tmp"):  # of workers that were killed
+            stale.unlink()
         os.replace(partial, root)
-        (root / PLAN).unlink()  # only now: a kill before the rename loses nothing
+        (root / note.name).unlink()  # only now: a kill before the rename loses nothing
 
 
 def roots(root: Path, *domains: str) -> tuple[Path, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ftdpp.readers.base import ids, unit_rotation
+from ftdpp.readers.base import compose, euler, ids, unit_rotation
 from ftdpp.world import rig
 from ftdpp.world.cast import Lidar, Pose, sweep
 from ftdpp.world.rig import Shot
@@ -84,7 +84,7 @@ class NuScenes(rig.Layout):
             add("lidarseg", lidar, sample_data_token=lidar, filename=self.files(shot)[1])
         # Each street lies elsewhere in the city, and turned.
         turn, east, north = np.random.default_rng([*first.key, 3]).uniform(0, 1, 3)
-        street = rig.euler(6.28 * turn)
+        street = euler(6.28 * turn)
         corner = np.array([300 + 1200 * east, 300 + 1200 * north, 0.0])
         camera = {"fileformat": "jpg", "height": self.camera.height, "width": self.camera.width}
         for channel, file, form, intrinsic in (
@@ -105,7 +105,7 @@ class NuScenes(rig.Layout):
                 add("sample_data", data, **row)
                 at, turned = rig.ego_pose(scene, shot, -EARLY[channel] / 1e6)
                 at = (corner + unit_rotation(street) @ at).tolist()
-                turned = rig.compose(street, turned).tolist()
+                turned = compose(street, turned).tolist()
                 add("ego_pose", data, **when, translation=at, rotation=turned)
 
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from ftdpp.readers import a2d2, semantic_kitti, virtual_kitti
-from ftdpp.readers.base import Array, unit_rotation
+from ftdpp.readers.base import Array, euler, unit_rotation
 from ftdpp.world import rig
 from ftdpp.world.cast import Camera, Lidar, Pose, sweep
 from ftdpp.world.rig import Shot
@@ -130,7 +130,7 @@ class A2d2(rig.Layout):
         at, view = rig.mounted(ego, np.array(self.row["eye"]), np.eye(3))
         parts = []
         for number, (position, angles) in enumerate(self.lidars.values()):
-            turn = unit_rotation(rig.euler(*np.radians(angles)))
+            turn = unit_rotation(euler(*np.radians(angles)))
             origin, rotation = rig.mounted(ego, np.array(position), turn)
             points, _ = sweep(scene, self.lidar, (origin, rotation), shot.rng(1 + number))
             seen = (points[:, :3] @ rotation.T + origin - at) @ view

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from ftdpp.readers.base import Array, unit_rotation
+from ftdpp.readers.base import Array, euler, unit_rotation
 from ftdpp.world.cast import Camera, Picture, Pose, photo
 from ftdpp.world.scene import TABLES, WORLDS, Scene
 
@@ -80,21 +80,6 @@ class Layout(ABC):
     def look(self, shot: Shot, scene: Scene) -> Picture:
         """What the camera of a frame sees, undistorted."""
         return photo(scene, self.camera, self.camera_pose(shot, scene), shot.rng())
-
-
-def compose(a: Array, b: Array) -> Array:
-    """The product of two quaternions: rotate by b, then by a."""
-    vector = a[0] * b[1:] + b[0] * a[1:] + np.cross(a[1:], b[1:])
-    return np.concatenate([[a[0] * b[0] - a[1:] @ b[1:]], vector])
-
-
-def euler(yaw: float, pitch: float = 0.0, roll: float = 0.0) -> Array:
-    """The quaternion (w, x, y, z) of a roll about x, then a pitch about y, then a yaw about z."""
-    about_x, about_y, about_z = (
-        np.array([math.cos(angle / 2), *(math.sin(angle / 2) * axis)])
-        for angle, axis in zip((roll, pitch, yaw), np.eye(3), strict=True)
-    )
-    return compose(compose(about_z, about_y), about_x)
 
 
 def ego_pose(scene: Scene, shot: Shot, later: float = 0.0) -> tuple[Array, Array]:
