@@ -331,6 +331,16 @@ def test_a2d2(home: Callable[[str], Path]) -> None:
     assert np.abs(read - straight)[inner].mean() < 0.3 * np.abs(stored - straight)[inner].mean()
 
 
+def test_calibrations_are_those_of_the_cameras() -> None:
+    """What the readers are told is what the rays are cast with."""
+    row, front = TABLES["layouts"]["a2d2"], points.FRONT
+    assert front["CamMatrix"] == points.CAMERA.matrix.tolist()
+    assert (front["view"]["origin"], front["Resolution"]) == (row["eye"], row["camera"][1::-1])
+    row, stereo = TABLES["layouts"]["cityscapes"], TABLES["cityscapes"]["calibration"]
+    assert list(stereo["extrinsic"].values())[1:] == row["eye"]
+    assert list(stereo["intrinsic"].values()) == [row["camera"][2], *row["camera"][2:]]
+
+
 def test_the_lens_is_inverted() -> None:
     row, col = points.lens()
     camera = points.CAMERA

@@ -15,27 +15,24 @@ from ftdpp.world import rig
 from ftdpp.world.rig import Shot
 from ftdpp.world.scene import TABLES, Scene
 
-BASELINE = 0.209313  # metres, of Cityscapes' stereo camera
+STEREO = TABLES["cityscapes"]["calibration"]
 
 
 class Cityscapes(rig.Layout):
     """Disparity as a stereo camera measures it: noisy, with holes, none in the sky."""
 
-    parts = TABLES["cityscapes"]
+    parts = TABLES["cityscapes"]["parts"]
 
     def contents(self, shot: Shot, scene: Scene) -> Iterator[bytes]:
-        picture, camera = self.look(shot, scene), self.camera
+        picture = self.look(shot, scene)
         yield rig.png(self.IDS[picture.label])
         yield rig.png(self._disparity(picture.depth, shot.rng(1)))
-        focal = {"fx": camera.focal, "fy": camera.focal}
-        intrinsic = {**focal, "u0": camera.centre_u, "v0": camera.centre_v}
-        extrinsic = {"baseline": BASELINE, **dict(zip("xyz", self.row["eye"], strict=True))}
-        yield json.dumps({"extrinsic": extrinsic, "intrinsic": intrinsic}, indent=1).encode()
+        yield json.dumps(STEREO, indent=1).encode()
         yield rig.png(picture.image)
 
     def _disparity(self, depth: Array, rng: np.random.Generator) -> Array:
         """(H, W) u16: pixels * 256 + 1, 0 where there is none."""
-        pixels = BASELINE * self.camera.focal / depth
+        pixels = STEREO["extrinsic"]["baseline"] * self.camera.focal / depth
         pixels = pixels + rng.normal(0, 0.06, depth.shape)
         # Matching fails in patches, and beside what hides a part of the scene from one camera.
         height, width = depth.shape

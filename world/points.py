@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cache
 from typing import ClassVar
 
@@ -90,8 +89,10 @@ def relit(image: Array, depth: Array, weather: str) -> Array:
     return (lit * clear + (1 - clear) * np.array(haze, np.float32)).clip(0, 255).astype(np.uint8)
 
 
+A2D2 = TABLES["a2d2"]
 CAMERA = Camera(*TABLES["layouts"]["a2d2"]["camera"])  # of undistorted images
-LENS, DISTORTION = 460.5, -0.2611  # focal length of distorted images, radial distortion
+FRONT = A2D2["calibration"]["cameras"]["front_center"]
+LENS, DISTORTION = FRONT["CamMatrixOriginal"][0][0], FRONT["Distortion"][0][0]  # focal, radial
 
 
 class A2d2(rig.Layout):
@@ -102,8 +103,7 @@ class A2d2(rig.Layout):
     undistorted.
     """
 
-    classes, lidars = TABLES["a2d2"]["classes"], TABLES["a2d2"]["lidars"]
-    colours = np.array([list(bytes.fromhex(code[1:])) for code in classes], np.uint8)
+    colours = np.array([list(bytes.fromhex(code[1:])) for code in A2D2["classes"]], np.uint8)
     lidar = Lidar(np.radians(np.linspace(-15, 15, 16)), 300, 100.0, (-0.75, 0.75))
     parts = a2d2.DRIVES
 
@@ -129,28 +129,18 @@ class A2d2(rig.Layout):
         ego = rig.ego_pose(scene, shot)
         at, view = rig.mounted(ego, np.array(self.row["eye"]), np.eye(3))
         parts = []
-        for number, (position, angles) in enumerate(self.lidars.values()):
+        for number, (name, angles) in enumerate(A2D2["angles"].items()):
             turn = unit_rotation(euler(*np.radians(angles)))
-            origin, rotation = rig.mounted(ego, np.array(position), turn)
+            position = np.array(A2D2["calibration"]["lidars"][name]["view"]["origin"])
+            origin, rotation = rig.mounted(ego, position, turn)
             points, _ = sweep(scene, self.lidar, (origin, rotation), shot.rng(1 + number))
             seen = (points[:, :3] @ rotation.T + origin - at) @ view
             parts.append(np.column_stack([seen, points[:, 3], np.full(len(seen), number)]))
         return np.concatenate(parts)
 
     def tables(self, shots: list[Shot]) -> dict[str, str]:
-        level = {"x-axis": [1.0, 0.0, 0.0], "y-axis": [0.0, 1.0, 0.0]}
-        camera = {
-            "view": {"origin": self.row["eye"], **level},
-            "Lens": "Telecam",
-            "CamMatrix": CAMERA.matrix.tolist(),
-            "CamMatrixOriginal": replace(CAMERA, focal=LENS).matrix.tolist(),
-            "Distortion": [[DISTORTION, 0.0, 0.0, 0.0, 0.0]],
-            "Resolution": [CAMERA.width, CAMERA.height],
-        }
-        lidars = {name: {"view": {"origin": at, **level}} for name, (at, _) in self.lidars.items()}
-        config = {"cameras": {"front_center": camera}, "lidars": lidars}
-        tables = {"cams_lidars.json": config, "class_list.json": self.classes}
-        return {name: json.dumps(table, indent=1) + "\n" for name, table in tables.items()}
+        content = {"cams_lidars.json": A2D2["calibration"], "class_list.json": A2D2["classes"]}
+        return {name: json.dumps(table, indent=1) + "\n" for name, table in content.items()}
 
 
 @cache
