@@ -472,7 +472,7 @@ class Shader:
     """
 
     def __init__(self, scene: Scene, pose: Pose):
-        position, forward = pose[0], pose[1][:, 2]
+        (position, self.rotation), forward = pose, pose[1][:, 2]
         self.scene, self.position, self.forward = scene, _f32(*position), _f32(*forward)
         ahead = forward * (1, 1, 0) / np.hypot(forward[0], forward[1])
         side = np.cross(scene.sun, ahead)
@@ -561,6 +561,43 @@ class Shader:
                 total += falloff[:, None] * _f32(1.0, 0.66, 0.30)
         return total
 
+    def smooth_edges(self, camera: Camera, rays: Rays, radiance: Array) -> None:
+        """Replaces the radiance (H, W, 3) of pixels at edges by the mean of four rays.
+
+        These rays can only hit what the pixel's own ray and those of its four neighbours hit.
+        """
+        scene, shape = self.scene, radiance.shape[:2]
+        sky, hit = np.isinf(rays.distance).reshape(shape), rays.hit.reshape(shape)
+        leaf = (scene.primitives["texture"][hit] == world.LEAF) & (hit >= 0)
+        what = np.where(sky, -2, np.where(leaf, -3, hit))
+        film = np.sqrt(radiance[..., 1] * scene.light.exposure)
+        edge = np.zeros(shape, bool)
+        for before, after in ((np.s_[:-1], np.s_[1:]), (np.s_[:, :-1], np.s_[:, 1:])):
+            differ = what[before] != what[after]
+            differ |= (np.abs(film[before] - film[after]) > 0.12) & ~leaf[before]
+            edge[before] |= differ
+            edge[after] |= differ
+        row, column = np.nonzero(edge)
+        v = (row + 0.5)[:, None] + _f32(-0.25, -0.25, 0.25, 0.25)
+        u = (column + 0.5)[:, None] + _f32(-0.25, 0.25, -0.25, 0.25)
+        direction, _ = _pixel_rays(camera, self.rotation, u, v)
+        padded = np.pad(np.where(sky, -2, hit), 1, "edge")
+        steps = ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))  # the pixel itself, and its neighbours
+        around = np.stack([padded[row + a, column + b] for a, b in steps])
+        new = [(own >= 0) & (own != around[:k]).all(0) for k, own in enumerate(around)]
+        which, pixel = np.nonzero(new)
+        ray = (pixel[:, None] * 4 + np.arange(4)).ravel()
+        fine = Rays(scene, rays.origin, direction)
+        fine.meet(np.repeat(around[which, pixel], 4), ray)
+        fine.meet_ground()
+        # A ray that slips between all of them goes the way of the pixel's own.
+        lost = np.isinf(fine.distance) & np.repeat((around != -2).all(0), 4)
+        own = np.repeat(row * shape[1] + column, 4)[lost]
+        fine.distance[lost], fine.hit[lost] = rays.distance[own], rays.hit[own]
+        color, _ = self.radiance(fine)
+        # Clipped before averaging: a highlight must not outshine its whole pixel.
+        radiance[row, column] = color.clip(0, 4).reshape(-1, 4, 3).mean(1)
+
 
 def photo(scene: Scene, camera: Camera, pose: Pose, rng: Rng) -> Picture:
     """What the camera sees."""
@@ -568,49 +605,9 @@ def photo(scene: Scene, camera: Camera, pose: Pose, rng: Rng) -> Picture:
     shader = Shader(scene, pose)
     radiance, label = shader.radiance(rays)
     radiance = radiance.reshape(*cosine.shape, 3)
-    _smooth_edges(shader, rays, camera, pose[1], radiance)
+    shader.smooth_edges(camera, rays, radiance)
     depth = rays.distance.reshape(cosine.shape) * cosine
     return Picture(_develop(scene, radiance, rng), label.reshape(cosine.shape), depth)
-
-
-def _smooth_edges(
-    shader: Shader, rays: Rays, camera: Camera, rotation: Array, radiance: Array
-) -> None:
-    """Replaces the radiance (H, W, 3) of pixels at edges by the mean of four rays.
-
-    These rays can only hit what the pixel's own ray and those of its four neighbours hit.
-    """
-    scene, shape = shader.scene, radiance.shape[:2]
-    sky, hit = np.isinf(rays.distance).reshape(shape), rays.hit.reshape(shape)
-    leaf = (scene.primitives["texture"][hit] == world.LEAF) & (hit >= 0)
-    what = np.where(sky, -2, np.where(leaf, -3, hit))
-    film = np.sqrt(radiance[..., 1] * scene.light.exposure)
-    edge = np.zeros(shape, bool)
-    for before, after in ((np.s_[:-1], np.s_[1:]), (np.s_[:, :-1], np.s_[:, 1:])):
-        differ = what[before] != what[after]
-        differ |= (np.abs(film[before] - film[after]) > 0.12) & ~leaf[before]
-        edge[before] |= differ
-        edge[after] |= differ
-    row, column = np.nonzero(edge)
-    v = (row + 0.5)[:, None] + _f32(-0.25, -0.25, 0.25, 0.25)
-    u = (column + 0.5)[:, None] + _f32(-0.25, 0.25, -0.25, 0.25)
-    direction, _ = _pixel_rays(camera, rotation, u, v)
-    padded = np.pad(np.where(sky, -2, hit), 1, "edge")
-    steps = ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))  # the pixel itself, and its neighbours
-    around = np.stack([padded[row + a, column + b] for a, b in steps])
-    new = [(own >= 0) & (own != around[:k]).all(0) for k, own in enumerate(around)]
-    which, pixel = np.nonzero(new)
-    ray = (pixel[:, None] * 4 + np.arange(4)).ravel()
-    fine = Rays(scene, rays.origin, direction)
-    fine.meet(np.repeat(around[which, pixel], 4), ray)
-    fine.meet_ground()
-    # A ray that slips between all of them goes the way of the pixel's own.
-    lost = np.isinf(fine.distance) & np.repeat((around != -2).all(0), 4)
-    own = np.repeat(row * shape[1] + column, 4)[lost]
-    fine.distance[lost], fine.hit[lost] = rays.distance[own], rays.hit[own]
-    color, _ = shader.radiance(fine)
-    # Clipped before averaging: a highlight must not outshine its whole pixel.
-    radiance[row, column] = color.clip(0, 4).reshape(-1, 4, 3).mean(1)
 
 
 def _develop(scene: Scene, radiance: Array, rng: Rng) -> Array:
