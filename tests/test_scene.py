@@ -155,8 +155,8 @@ def test_an_azimuth_window_is_a_part_of_the_whole_ring() -> None:
         window = cast.Lidar(
             LIDAR.elevations, 2 * (last - first), 80.0, tuple(np.radians((first, last)))
         )
-        full, _ = cast._cast_lidar(street, ring, (position, turn))
-        part, _ = cast._cast_lidar(street, window, (position, turn))
+        full = cast._cast_lidar(street, ring, (position, turn))
+        part = cast._cast_lidar(street, window, (position, turn))
         columns = np.arange(2 * first, 2 * last) % 720
         whole = full.distance.reshape(32, 720)[:, columns]
         assert np.isclose(whole, part.distance.reshape(32, -1), rtol=1e-3).mean() > 0.999

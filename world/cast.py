@@ -151,10 +151,13 @@ class Rays:
     the sky. hit: (N,) int32, the index of the primitive, -1 for the ground.
     """
 
-    def __init__(self, scene: Scene, origin: Array, direction: Array):
-        self.scene, self.origin, self.direction = scene, origin, direction
-        self.distance = np.full(direction.shape[1], np.inf, np.float32)
-        self.hit = np.full(direction.shape[1], -1, np.int32)
+    def __init__(self, scene: Scene, pose: Pose, local: Array):
+        """pose: of the sensor; its position may be (3, N). local: directions (3, N) there."""
+        self.scene, self.local = scene, local
+        self.origin = _f32(*pose[0]).reshape(3, -1)
+        self.direction = np.tensordot(_f32(*pose[1]), local, 1)
+        self.distance = np.full(local.shape[1], np.inf, np.float32)
+        self.hit = np.full(local.shape[1], -1, np.int32)
 
     def meet(self, owner: Array, ray: Array) -> None:
         """Computes the pairs of primitive `owner` (M,) and `ray` (M,)."""
@@ -221,23 +224,21 @@ def _bounds(low: Array, high: Array, shape: tuple[int, int]) -> Array:
     return cells.clip(0, (*shape, *shape)).astype(np.int64)
 
 
-def _pixel_rays(camera: Camera, rotation: Array, u: Array, v: Array) -> tuple[Array, Array]:
+def _pixel_rays(camera: Camera, u: Array, v: Array) -> tuple[Array, Array]:
     """Directions (3, N) through places u, v (...) of the image; their cosine (...) to the axis."""
     x, y = (u - camera.centre_u) / camera.focal, (v - camera.centre_v) / camera.focal
     cosine = 1 / np.sqrt(x * x + y * y + 1)
-    local = (np.stack([x, y, np.ones_like(x)]) * cosine).astype(np.float32)
-    direction = np.tensordot(_f32(*rotation), local, 1)
-    return direction.reshape(3, -1), cosine.astype(np.float32)
+    local = np.stack([x, y, np.ones_like(x)]) * cosine
+    return local.astype(np.float32).reshape(3, -1), cosine.astype(np.float32)
 
 
 def _cast_camera(scene: Scene, camera: Camera, pose: Pose) -> tuple[Rays, Array]:
     """A ray through each pixel's centre, and its cosine (H, W) to the axis."""
-    position, rotation = pose
     shape = camera.height, camera.width
     v, u = np.meshgrid(*[np.arange(n) + 0.5 for n in shape], indexing="ij")
-    direction, cosine = _pixel_rays(camera, rotation, u, v)
-    local = (scene.corners - position) @ rotation
-    aside, z = camera.focal * local[..., 1::-1], local[..., 2:]
+    local, cosine = _pixel_rays(camera, u, v)
+    corners = (scene.corners - pose[0]) @ pose[1]
+    aside, z = camera.focal * corners[..., 1::-1], corners[..., 2:]
     centre = camera.centre_v, camera.centre_u
     seen = aside / np.maximum(z, 0.1) + centre - 0.5  # (P, 8, 2), row and column
     # Of a primitive that the image plane cuts, all corners count as if on a plane close by: that
@@ -245,22 +246,21 @@ def _cast_camera(scene: Scene, camera: Camera, pose: Pose) -> tuple[Rays, Array]
     close = np.where(z.min(1, keepdims=True) < 0.1, aside / 0.1 + centre, seen)
     high = np.where(z.max(1) > 0.1, np.maximum(seen, close).max(1) + 0.01, -9)
     bounds = _bounds(np.minimum(seen, close).min(1) - 0.01, high, shape)
-    rays = Rays(scene, _f32(*position)[:, None], direction)
+    rays = Rays(scene, pose, local)
     rays.meet_all(bounds, np.arange(cosine.size).reshape(shape))
     rays.meet_ground()
     return rays, cosine
 
 
-def _cast_lidar(scene: Scene, lidar: Lidar, pose: Pose) -> tuple[Rays, Array]:
-    """A ray for each beam and column, and its direction (3, N) in the LiDAR's own frame."""
-    position, rotation = pose
+def _cast_lidar(scene: Scene, lidar: Lidar, pose: Pose) -> Rays:
+    """A ray for each beam and column."""
     elevation, (begin, end) = lidar.elevations, lidar.azimuth
     per_column = (end - begin) / lidar.columns
     azimuth = begin + np.arange(lidar.columns) * per_column
     flat, climb = np.cos(elevation)[:, None], np.sin(elevation)[:, None]
     local = _f32(flat * np.cos(azimuth), flat * np.sin(azimuth), climb + 0 * azimuth)
     # The bounds of a primitive are those of the sphere around its box.
-    seen = (scene.corners - position) @ rotation
+    seen = (scene.corners - pose[0]) @ pose[1]
     x, y, z = seen.mean(1).T
     radius = np.linalg.norm(seen[:, 0] - seen.mean(1), axis=1) + 1e-3
     away, far = np.hypot(x, y), np.sqrt(x * x + y * y + z * z)
@@ -269,15 +269,14 @@ def _cast_lidar(scene: Scene, lidar: Lidar, pose: Pose) -> tuple[Rays, Array]:
     first = np.searchsorted(elevation, level - high), (centre - wide) // per_column
     last = np.searchsorted(elevation, level + high), (centre + wide) // per_column + 2
     bounds = np.stack([*first, *last], 1).astype(np.int64)
-    bounds[away <= radius] = (0, 0, *local.shape[1:])
+    bounds[away <= radius] = (0, 0, len(elevation), lidar.columns)
     bounds[far - radius > lidar.max_range] = 0
-    direction = np.tensordot(_f32(*rotation), local, 1).reshape(3, -1)
-    rays = Rays(scene, _f32(*position)[:, None], direction)
+    rays = Rays(scene, pose, local.reshape(3, -1))
     grid = np.full((len(elevation), round(2 * np.pi / per_column)), -1)  # all around
     grid[:, : lidar.columns] = np.arange(len(rays.hit)).reshape(len(elevation), -1)
     rays.meet_all(bounds, grid)
     rays.meet_ground()
-    return rays, local.reshape(3, -1)
+    return rays
 
 
 # ---- surfaces ------------------------------------------------------------------------------------
@@ -326,8 +325,7 @@ def _normals(struck: Array, points: Array) -> tuple[Array, Array]:
 
 def _ground(scene: Scene, points: Array) -> Surface:
     """The surface of the ground at points (N, 3)."""
-    detail = scene.city.detail
-    x, y = points[:, 0], points[:, 1]
+    detail, (x, y, _) = scene.city.detail, points.T
     _, label, across, beyond = scene.ground(x, y)
     road, sidewalk = label == world.ROAD, label == world.SIDEWALK
     fine, coarse = _noise(x, y, 0.03), _noise(x + 9, y, 0.12)
@@ -361,10 +359,9 @@ def _ground(scene: Scene, points: Array) -> Surface:
     label = np.where(paint, world.LANE_MARKING, label).astype(np.uint8)
     reflect = np.where(road, np.float32(0.1), np.where(sidewalk, np.float32(0.2), 0.34))
     reflect = np.where(fresh, np.float32(0.6), np.where(bare, np.float32(0.25), reflect))
+    reflect *= 0.85 + 0.3 * coarse
     dark = np.zeros_like(points)
-    return Surface(
-        dark + _f32(0, 0, 1), albedo, dark, dark[:, 0], reflect * (0.85 + 0.3 * coarse), label
-    )
+    return Surface(dark + _f32(0, 0, 1), albedo, dark, dark[:, 0], reflect, label)
 
 
 def _things(scene: Scene, struck: Array, points: Array) -> Surface:
@@ -472,7 +469,7 @@ class Shader:
     """
 
     def __init__(self, scene: Scene, pose: Pose):
-        (position, self.rotation), forward = pose, pose[1][:, 2]
+        (position, forward), self.pose = (pose[0], pose[1][:, 2]), pose
         self.scene, self.position, self.forward = scene, _f32(*position), _f32(*forward)
         ahead = forward * (1, 1, 0) / np.hypot(forward[0], forward[1])
         side = np.cross(scene.sun, ahead)
@@ -483,9 +480,9 @@ class Shader:
         self.centre = _f32(*(middle + scene.sun * 90))
         cells = [(np.arange(n) + 0.5 - n / 2) * SHADOW_CELL for n in SHADOW_SHAPE]
         grid = _f32(*np.meshgrid(*cells, indexing="ij"))
-        origin = self.centre[:, None, None] + np.tensordot(self.axes[:2].T, grid, 1)
-        start = origin.reshape(3, -1)
-        rays = Rays(scene, start, np.broadcast_to(-self.axes[2][:, None], start.shape))
+        start = self.centre[:, None, None] + np.tensordot(self.axes[:2].T, grid, 1)
+        down = np.broadcast_to(_f32(0, 0, -1)[:, None], (3, grid[0].size))
+        rays = Rays(scene, (start, self.axes.T), down)
         seen = self._cells(scene.corners - self.centre)
         bounds = _bounds(seen.min(1), seen.max(1), SHADOW_SHAPE)
         rays.meet_all(bounds, np.arange(len(rays.hit)).reshape(SHADOW_SHAPE))
@@ -580,14 +577,14 @@ class Shader:
         row, column = np.nonzero(edge)
         v = (row + 0.5)[:, None] + _f32(-0.25, -0.25, 0.25, 0.25)
         u = (column + 0.5)[:, None] + _f32(-0.25, 0.25, -0.25, 0.25)
-        direction, _ = _pixel_rays(camera, self.rotation, u, v)
+        local, _ = _pixel_rays(camera, u, v)
         padded = np.pad(np.where(sky, -2, hit), 1, "edge")
         steps = ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))  # the pixel itself, and its neighbours
         around = np.stack([padded[row + a, column + b] for a, b in steps])
         new = [(own >= 0) & (own != around[:k]).all(0) for k, own in enumerate(around)]
         which, pixel = np.nonzero(new)
         ray = (pixel[:, None] * 4 + np.arange(4)).ravel()
-        fine = Rays(scene, rays.origin, direction)
+        fine = Rays(scene, self.pose, local)
         fine.meet(np.repeat(around[which, pixel], 4), ray)
         fine.meet_ground()
         # A ray that slips between all of them goes the way of the pixel's own.
@@ -635,12 +632,12 @@ def sweep(scene: Scene, lidar: Lidar, pose: Pose, rng: Rng) -> tuple[Array, Arra
 
     Column by column, as the sensor spins.
     """
-    rays, own = _cast_lidar(scene, lidar, pose)
+    rays = _cast_lidar(scene, lidar, pose)
     spin = np.arange(len(rays.hit)).reshape(-1, lidar.columns).T.ravel()
     spin = spin[rays.distance[spin] < lidar.max_range]
-    own, distance, ring, count = own.T[spin], rays.distance[spin], spin // lidar.columns, len(spin)
-    direction = own @ _f32(*pose[1]).T
-    surface = surface_at(scene, rays.hit[spin], _f32(*pose[0]) + direction * distance[:, None])
+    distance, ring, count = rays.distance[spin], spin // lidar.columns, len(spin)
+    own, direction = rays.local.T[spin], rays.direction.T[spin]
+    surface = surface_at(scene, rays.hit[spin], rays.origin.T + direction * distance[:, None])
     label = surface.label
     incidence = np.abs((surface.normal * direction).sum(1)) ** np.float32(0.6)
     speckle = rng.uniform(0.8, 1.2, count)
