@@ -166,13 +166,13 @@ class Rays:
             pick = np.nonzero(prims["kind"][owner] == kind)[0]
             who, where = owner[pick], ray[pick]
             p, course, best = prims.take(who), self.direction.take(where, 1), self.distance[where]
-            start = np.broadcast_to(self.origin, self.direction.shape)[:, where]
+            start = self.origin if self.origin.shape[1] == 1 else self.origin.take(where, 1)
             near, far = _span(kind, p, start, course)
             near[(near >= far) | (near >= best) | (far < NEAREST)] = np.inf
             leaf = np.nonzero((p["texture"] == world.LEAF) & (near < np.inf))[0]
             if len(leaf):
-                crown = p.take(leaf), start[:, leaf], course[:, leaf]
-                near[leaf] = _foliage(*crown, near[leaf], far[leaf])
+                start = np.broadcast_to(start, course.shape)[:, leaf]
+                near[leaf] = _foliage(p.take(leaf), start, course[:, leaf], near[leaf], far[leaf])
             good = np.nonzero((near > NEAREST) & (near < best))[0]
             # The last of several values for a ray stays: the nearest.
             good = good[np.argsort(-near[good], kind="stable")]

@@ -112,7 +112,8 @@ def write_world(
     if seed < 0 or workers < 1:
         raise ValueError(f"seed is {seed} and workers {workers}, expected seed >= 0, workers >= 1")
     partial, plan = root.with_name(f".{root.name}.partial"), [VERSION, source, target, sizes, seed]
-    note, content = partial / "plan.json", json.dumps(plan).encode()  # of what is being built there
+    # Tells one plan from another, and is gone from the finished world.
+    note, content = partial / "plan.json", json.dumps(plan).encode()
     sets = shots_of(source, target, sizes, seed)
     shots = [shot for part in sets.values() for shot in part]
     homes = [partial / folder for folder, part in sets.items() for _ in part]

@@ -290,7 +290,7 @@ def _leaves(scene: Scene, base: Pose, at: Vector, half: Vector, rng: Rng, shape:
 
 
 def _tree(scene: Scene, base: Pose, rng: Rng) -> None:
-    radius, half_height, trunk = scene.city.crown * rng.uniform(0.8, 1.25, 3)
+    radius, half_height, trunk = (size * rng.uniform(0.8, 1.25) for size in scene.city.crown)
     palm = rng.random() < scene.city.palm
     middle = rng.uniform(2.4, 3.6) if palm else (trunk + half_height) / 2
     thick = 0.14 if palm else 0.07 * radius
@@ -300,7 +300,8 @@ def _tree(scene: Scene, base: Pose, rng: Rng) -> None:
         turned = (*base[:3], base[3] + k * 0.898 + trunk)
         at, size = (1.0, 0, 2 * middle + 0.1), (1.2, 0.22, 0.32)
         if not palm:
-            out, width, rise = rng.uniform((0.4, 0.42, 0.45), (0.62, 0.62, 1.5))
+            draw = rng.uniform
+            out, width, rise = draw(0.4, 0.62), draw(0.42, 0.62), draw(0.45, 1.5)
             if k == 0:
                 out, width, rise = 0.0, 0.65, 1.2
             at = (radius * out, 0, trunk + half_height * rise)
