@@ -87,13 +87,13 @@ class NuScenes(rig.Layout):
         street = euler(6.28 * turn)
         corner = np.array([300 + 1200 * east, 300 + 1200 * north, 0.0])
         camera = {"fileformat": "jpg", "height": self.camera.height, "width": self.camera.width}
-        for channel, file, form, intrinsic in (
-            ("LIDAR_TOP", 0, {"fileformat": "pcd", "height": 0, "width": 0}, []),
-            ("CAM_FRONT", 2, camera, self.camera.matrix.tolist()),
+        for channel, file, form, matrix in (
+            ("LIDAR_TOP", 0, {"fileformat": "pcd", "height": 0, "width": 0}, np.array([])),
+            ("CAM_FRONT", 2, camera, self.camera.matrix),
         ):
             sensor = _token(*names, "calibration", channel)
             translation, quaternion = _mount(first.city, channel)
-            kind = {"sensor_token": _token("sensor", channel), "camera_intrinsic": intrinsic}
+            kind = {"sensor_token": _token("sensor", channel), "camera_intrinsic": matrix.tolist()}
             add("calibrated_sensor", sensor, translation=translation, rotation=quaternion, **kind)
             tokens = [_data_token(shot, channel) for shot in shots]
             frames = zip(shots, samples, tokens, _chain(tokens), strict=True)

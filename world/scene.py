@@ -35,7 +35,7 @@ VEGETATION, SKY = CODES["vegetation"], CODES["sky"]
 VEHICLES = [CODES[name] for name in ("car", "van", "truck", "bus", "train")]
 
 Vector = Sequence[float]  # x, y, z
-RGB = Sequence[float]
+RGB = Sequence[float] | Array
 Rng = np.random.Generator
 Pose = tuple[float, float, float, float]  # x, y, z, yaw
 
@@ -207,7 +207,7 @@ class Scene:
 
 def _pick(rng: Rng, colors: Sequence[RGB], spread: float = 0.12) -> Array:
     """One of the colours (3,), brighter or darker by up to `spread`."""
-    color = np.array(colors[rng.integers(len(colors))])
+    color = np.array(colors[int(rng.integers(len(colors)))])
     return color * rng.uniform(1 - spread, 1 + spread)
 
 
