@@ -18,9 +18,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ftdpp import files
 from ftdpp.checkpoint import RunError, read_metadata
 from ftdpp.evaluate import Score
-from ftdpp.files import replacing
 
 Row = dict[str, Any]
 FORMAT = 1  # of a file of rows
@@ -72,8 +72,7 @@ def write(path: Path, rows: Sequence[Row], command: str, machine: str, preset: s
         },
         indent=1,
     )
-    with replacing(path) as temporary:
-        temporary.write_text(text + "\n")
+    files.write(path, (text + "\n").encode())
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -104,8 +103,7 @@ def keep(folder: Path, row: Row) -> None:
         rows = {}
     rows = rows if isinstance(rows, dict) else {}
     rows[row["split"]] = {**row, "weights": _digest(folder / "best.safetensors")}
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(rows, indent=1))
+    files.write(path, json.dumps(rows, indent=1).encode())
 
 
 def of_run(folder: Path, split: str | None = None) -> Row:

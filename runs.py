@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ftdpp import checkpoint, machine, readers, systems
+from ftdpp import checkpoint, files, machine, readers, systems
 from ftdpp.checkpoint import RunError
 from ftdpp.evaluate import PseudoLabels
-from ftdpp.files import Progress, replacing
+from ftdpp.files import Progress
 from ftdpp.index import Index, few_labels, prepare, require_depth, require_frames
 from ftdpp.readers import DataError, list_frames, plural
 from ftdpp.recipe import Recipe, settings
@@ -334,8 +334,7 @@ def write_record(run: Run, places: Places, threads: int, source: Path | None = N
         "git": _git_hash(),
         "data": {name: index.fingerprint for name, index in run.indexes.items()},
     }
-    with replacing(run.out / "run.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=1))
+    files.write(run.out / "run.json", json.dumps(record, indent=1).encode())
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

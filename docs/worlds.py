@@ -112,7 +112,7 @@ def main(folder: Path, frames: int) -> None:
         root = folder / "-".join(pair)
         if not root.exists():
             layouts.write_world(root, *pair, counts)
-        shots = layouts.shots_of(layouts.plan_of(*pair, counts, 0, 1))
+        shots = layouts.shots_of(*pair, counts, 0)
         for name, home in zip(pair, layouts.roots(root, *pair), strict=True):
             if name in done:
                 continue

@@ -165,6 +165,21 @@ def unit_rotation(quaternion: Sequence[float] | Array) -> Array:
     )
 
 
+def compose(a: Array, b: Array) -> Array:
+    """The product of two quaternions: rotate by b, then by a."""
+    vector = a[0] * b[1:] + b[0] * a[1:] + np.cross(a[1:], b[1:])
+    return np.concatenate([[a[0] * b[0] - a[1:] @ b[1:]], vector])
+
+
+def euler(yaw: float, pitch: float = 0.0, roll: float = 0.0) -> Array:
+    """The quaternion (w, x, y, z) of a roll about x, then a pitch about y, then a yaw about z."""
+    about_x, about_y, about_z = (
+        np.array([math.cos(angle / 2), *(math.sin(angle / 2) * axis)])
+        for angle, axis in zip((roll, pitch, yaw), np.eye(3), strict=True)
+    )
+    return compose(compose(about_z, about_y), about_x)
+
+
 def inside_image(uvw: Array, rows: Array, image_size: tuple[int, int]) -> tuple[Array, Array]:
     """Homogeneous pixels (3,n) of the points `rows` (n,) -> those of `rows` that have a pixel,
     their pixels (m,2) f32, not rounded.

@@ -25,8 +25,9 @@ from PIL import Image
 from torch import Tensor
 
 from ftdpp.files import Progress, locked
-from ftdpp.readers.base import Array
-from ftdpp.world import cast, layouts, rig, scene
+from ftdpp.processes import in_processes
+from ftdpp.readers.base import Array, euler, unit_rotation
+from ftdpp.world import cast, rig, scene
 
 VERSION = 1  # of what the training gives; another number is another folder
 STREETS, VIEWS = 260, 2  # streets, and pictures of each
@@ -140,7 +141,7 @@ def pictures(number: int) -> list[cast.Picture]:
         x = rng.uniform(0, 40)
         y = street.centre(x) + street.city.side * street.lane / 2 + rng.uniform(-2, 2)
         angles = rng.normal((street.heading(x), 0, 0), (0.35, 0.05, 0.02))
-        turn = rig.unit_rotation(rig.euler(*angles)) @ rig.OPTICAL
+        turn = unit_rotation(euler(*angles)) @ rig.OPTICAL
         focal = WIDTH * rng.uniform(0.55, 1.3)
         camera = cast.Camera(HEIGHT, WIDTH, focal, WIDTH / 2, HEIGHT / 2)
         place = np.array([x, y, rng.uniform(1.2, 2.2)])
@@ -152,7 +153,7 @@ def all_pictures(progress: Progress | None = None) -> list[cast.Picture]:
     """The pictures of all streets, drawn by as many processes as there are cores."""
     cores = min(len(os.sched_getaffinity(0)), STREETS)
     drawn: list[cast.Picture] = []
-    with layouts.in_processes(cores) as mapped:
+    with in_processes(cores) as mapped:
         for number, found in enumerate(mapped(pictures, range(STREETS))):
             if progress:
                 progress(number, STREETS, "drawing streets for the street CLIP")

@@ -11,19 +11,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
-    *("files", "readers", "world", "data", "index", "kernels", "models", "pretrained", "losses"),
-    *(
-        "recipe",
-        "systems",
-        "checkpoint",
-        "released",
-        "evaluate",
-        "inference",
-        "machine",
-        "parallel",
-        "train",
-    ),
-    *("runs", "results", "report", "screen", "compare", "ftd"),
+    *("files", "processes", "readers", "world", "data", "index", "kernels", "models"),
+    *("pretrained", "losses", "recipe", "systems", "checkpoint", "released", "evaluate"),
+    *("inference", "machine", "parallel", "train", "runs", "results", "report", "screen"),
+    *("compare", "ftd"),
 )
 OUTSIDE = ("bench", "docs", "tests")  # not installed; they may import everything
 

@@ -37,7 +37,7 @@ def pair_with(name: str) -> Pair:
 
 
 def shots_of(pair: Pair, name: str) -> list[rig.Shot]:
-    sets = layouts.shots_of(layouts.plan_of(*pair, counts(pair), 0, 1))
+    sets = layouts.shots_of(*pair, counts(pair), 0)
     return [shot for shots in sets.values() for shot in shots if shot.world == name]
 
 
@@ -247,24 +247,25 @@ def test_domains_differ(build: Build) -> None:
 
 @all_pairs
 def test_no_two_frames_share_a_file(pair: Pair) -> None:
-    plan = layouts.plan_of(*pair, {}, 0, 1)
-    sets = layouts.shots_of(plan)
+    sizes = layouts.DEFAULT_FRAMES[pair]
+    sets = layouts.shots_of(*pair, sizes, 0)
     for shots in sets.values():
         files = [file for shot in shots for file in layouts.LAYOUTS[shot.world].files(shot)]
         assert len(set(files)) == len(files)
     shots = [shot for part in sets.values() for shot in part]
-    assert len(shots) == sum(plan.frames.values())
+    assert len(shots) == sum(sizes.values())
     assert len({(shot.key, shot.number) for shot in shots}) == len(shots)
 
 
 def test_places_are_enough_for_many_frames() -> None:
     """A second street in a sequence goes on with its numbers; a nuScenes scene gets longer."""
-    plan = layouts.plan_of("vkitti", "skitti", {"source": 30}, 0, 1)
-    first = [shot for shot in layouts.shots_of(plan)["vkitti"] if shot.place == "0001"]
+    sets = layouts.shots_of("vkitti", "skitti", {"source": 30}, 0)
+    first = [shot for shot in sets["vkitti"] if shot.place == "0001"]
     assert [shot.index for shot in first] == list(range(len(first))) and len(first) > 4
     assert len({shot.key for shot in first}) == 2
-    plan = layouts.plan_of("day", "night", {"test": 70}, 0, 1)
-    night = [s for s in layouts.shots_of(plan)[""] if s.world == "night" and s.key[2] == 3]
+    sizes = layouts.sizes_of("day", "night", {"test": 70})
+    sets = layouts.shots_of("day", "night", sizes, 0)
+    night = [s for s in sets[""] if s.world == "night" and s.key[2] == 3]
     assert len(night) == 70 and {s.number for s in night} == set(range(5))
 
 
@@ -328,6 +329,16 @@ def test_a2d2(home: Callable[[str], Path]) -> None:
     read = np.asarray(reader_of(domains()["a2d2"]).read(refs[0]).image).astype(float)
     stored = pixels(refs[0].image_path).astype(float)
     assert np.abs(read - straight)[inner].mean() < 0.3 * np.abs(stored - straight)[inner].mean()
+
+
+def test_calibrations_are_those_of_the_cameras() -> None:
+    """What the readers are told is what the rays are cast with."""
+    row, front = TABLES["layouts"]["a2d2"], points.FRONT
+    assert front["CamMatrix"] == points.CAMERA.matrix.tolist()
+    assert (front["view"]["origin"], front["Resolution"]) == (row["eye"], row["camera"][1::-1])
+    row, stereo = TABLES["layouts"]["cityscapes"], TABLES["cityscapes"]["calibration"]
+    assert list(stereo["extrinsic"].values())[1:] == row["eye"]
+    assert list(stereo["intrinsic"].values()) == [row["camera"][2], *row["camera"][2:]]
 
 
 def test_the_lens_is_inverted() -> None:
@@ -448,7 +459,7 @@ def test_an_interrupted_build_is_resumed(
     before = stats(partial)
     assert before
     # A third frame was cut off: all its files are there but one, and that one half written.
-    sets = layouts.shots_of(layouts.plan_of(*pair, counts(pair), 0, 1))
+    sets = layouts.shots_of(*pair, counts(pair), 0)
     folder, shot = [(folder, shot) for folder, shots in sets.items() for shot in shots][2]
     *complete, last = layouts.LAYOUTS[shot.world].files(shot)
     for file in complete:

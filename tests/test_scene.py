@@ -35,7 +35,7 @@ def shot(name: str, city: str, number: int, camera: cast.Camera = CAMERA) -> tup
     position, rotation, turn = placed(street)
     rng = np.random.default_rng(number)
     above = position + np.array((0, 0, 0.25))
-    points, label = cast.sweep(street, LIDAR, (above, turn), 0.05, rng)
+    points, label = cast.sweep(street, LIDAR, (above, turn), rng)
     picture = cast.photo(street, camera, (position, rotation), rng)
     points[:, :3] = points[:, :3] @ turn.T + above
     return street, picture, points, label
@@ -155,8 +155,8 @@ def test_an_azimuth_window_is_a_part_of_the_whole_ring() -> None:
         window = cast.Lidar(
             LIDAR.elevations, 2 * (last - first), 80.0, tuple(np.radians((first, last)))
         )
-        full, _ = cast._cast_lidar(street, ring, (position, turn))
-        part, _ = cast._cast_lidar(street, window, (position, turn))
+        full = cast._cast_lidar(street, ring, (position, turn))
+        part = cast._cast_lidar(street, window, (position, turn))
         columns = np.arange(2 * first, 2 * last) % 720
         whole = full.distance.reshape(32, 720)[:, columns]
         assert np.isclose(whole, part.distance.reshape(32, -1), rtol=1e-3).mean() > 0.999

@@ -24,7 +24,6 @@ NEAREST = 0.05  # distance below which nothing is hit
 CHUNK = 40_000  # pairs of a primitive and a ray that are computed together
 SHADOW_SHAPE, SHADOW_CELL = (200, 280), 0.3
 
-Grid = tuple[Any, ...]  # x, y, z: arrays, or numbers where all rays share them
 Pose = tuple[Array, Array]  # position (3,) and rotation (3, 3) from a sensor's frame to the scene's
 
 
@@ -54,14 +53,12 @@ class Lidar:
     azimuth: tuple[float, float] = (0.0, 2 * np.pi)
 
 
-@dataclass(frozen=True)
-class Picture:
-    """What a camera sees: image (H, W, 3) u8; of each pixel's central ray the label (H, W) u8 and
-    the depth (H, W) f32, metres along the optical axis, inf for the sky."""
+class Picture(NamedTuple):
+    """What a camera sees; label and depth are those of each pixel's central ray."""
 
-    image: Array
-    label: Array
-    depth: Array
+    image: Array  # (H, W, 3) u8
+    label: Array  # (H, W) u8
+    depth: Array  # (H, W) f32, metres along the optical axis, inf for the sky
 
 
 def _f32(*values: Any) -> Array:
@@ -84,26 +81,24 @@ def _noise_table(dim: int, size: int, power: float) -> Array:
 def _noise(x: Array, y: Array, texel: float, power: float = 1.1) -> Array:
     """Noise at places in the plane; `texel` is the size of a cell."""
     column, row = (np.floor(v * (1 / texel)).astype(np.int32) & 511 for v in (x, y))
-    value: Array = _noise_table(2, 512, power)[column * 512 + row]
-    return value
+    return _noise_table(2, 512, power)[column * 512 + row]
 
 
 def _hash(a: Array, b: Array, seed: Array | float) -> Array:
     """A number in 0..1 that looks random for each pair of integers."""
-    wave: Array = np.sin(a * 12.9898 + b * 78.233 + seed * 37.719) * 438.5453
+    wave = np.sin(a * 12.9898 + b * 78.233 + seed * 37.719) * 438.5453
     return wave - np.floor(wave)
 
 
 # ---- rays and what they hit ----------------------------------------------------------------------
 
 
-def _span(kind: int, p: Array, origin: Grid, direction: Grid) -> tuple[Array, Array]:
+def _span(kind: int, p: Array, origin: Array, direction: Array) -> tuple[Array, Array]:
     """Entry and exit distance (N,) of rays through the convex primitives p (N,), all of `kind`.
 
-    A miss has entry >= exit.
+    origin, direction: (3, N). A miss has entry >= exit.
     """
-    x, y, z = (origin[k] - p["center"][:, k] for k in range(3))
-    dx, dy, dz = direction
+    (x, y, z), (dx, dy, dz) = origin - p["center"].T, direction
     cos, sin, half = p["cos"], p["sin"], p["half"].T
     ox, dx, oy, dy = cos * x + sin * y, cos * dx + sin * dy, cos * y - sin * x, cos * dy - sin * dx
     dz = dz + 1e-9  # no division by zero, here and below
@@ -133,7 +128,7 @@ def _round_span(origin: Any, direction: Any) -> tuple[Array, Array]:
     return np.where(squared > 0, middle - reach, np.float32(1e9)), middle + reach
 
 
-def _foliage(p: Array, origin: Grid, direction: Grid, near: Array, far: Array) -> Array:
+def _foliage(p: Array, origin: Array, direction: Array, near: Array, far: Array) -> Array:
     """Where rays (N,) end in porous leaves: front or back surface, roughened; inf in the holes."""
     size = np.clip(p["half"].min(1) * 0.08, 0.04, 0.10)  # of a leaf
     inverse, start = 1 / size, p["pattern"] / size
@@ -141,11 +136,9 @@ def _foliage(p: Array, origin: Grid, direction: Grid, near: Array, far: Array) -
     holes = 0.33 + 0.45 * np.exp(thick * -3)  # the outline is ragged
     end = np.full(near.shape, np.inf, np.float32)
     for surface in (far, near):
-        cell: Any = 0
-        for k in range(3):
-            point = origin[k] - p["center"][:, k] + surface * direction[k]
-            cell = cell * 64 + (np.floor(point * inverse + start).astype(np.int32) & 63)
-        noise = _noise_table(3, 64, 1.6)[cell]
+        point = origin - p["center"].T + surface * direction
+        x, y, z = np.floor(point * inverse + start).astype(np.int32) & 63
+        noise = _noise_table(3, 64, 1.6)[(x * 64 + y) * 64 + z]
         rough = surface + (noise - 0.36) * np.minimum(thick, 0.9) * 0.5
         end = np.where((noise > holes) & (surface > NEAREST), rough, end)
     return end
@@ -154,31 +147,32 @@ def _foliage(p: Array, origin: Grid, direction: Grid, near: Array, far: Array) -
 class Rays:
     """Rays (N) through a scene, and the nearest of what they met so far.
 
-    direction: (3, N). distance: (N,), inf for the sky. hit: (N,) int32, the index of the primitive,
-    -1 for the ground.
+    origin: (3, N), or (3, 1) where all rays share it. direction: (3, N). distance: (N,), inf for
+    the sky. hit: (N,) int32, the index of the primitive, -1 for the ground.
     """
 
-    def __init__(self, scene: Scene, origin: Grid, direction: Array):
-        self.scene, self.origin, self.direction = scene, origin, direction
-        self.distance = np.full(direction.shape[1], np.inf, np.float32)
-        self.hit = np.full(direction.shape[1], -1, np.int32)
+    def __init__(self, scene: Scene, pose: Pose, local: Array):
+        """pose: of the sensor; its position may be (3, N). local: directions (3, N) there."""
+        self.scene, self.local = scene, local
+        self.origin = _f32(*pose[0]).reshape(3, -1)
+        self.direction = np.tensordot(_f32(*pose[1]), local, 1)
+        self.distance = np.full(local.shape[1], np.inf, np.float32)
+        self.hit = np.full(local.shape[1], -1, np.int32)
 
     def meet(self, owner: Array, ray: Array) -> None:
         """Computes the pairs of primitive `owner` (M,) and `ray` (M,)."""
         prims = self.scene.primitives
-        for kind in (world.BOX, world.CYLINDER, world.ELLIPSOID):
+        for kind in range(len(world.SHAPES)):
             pick = np.nonzero(prims["kind"][owner] == kind)[0]
             who, where = owner[pick], ray[pick]
-            p, course = prims.take(who), self.direction.take(where, 1)
-            start = tuple(v[where] if np.ndim(v) else v for v in self.origin)
-            near, far = _span(kind, p, start, tuple(course))
-            best = self.distance[where]
+            p, course, best = prims.take(who), self.direction.take(where, 1), self.distance[where]
+            start = self.origin if self.origin.shape[1] == 1 else self.origin.take(where, 1)
+            near, far = _span(kind, p, start, course)
             near[(near >= far) | (near >= best) | (far < NEAREST)] = np.inf
             leaf = np.nonzero((p["texture"] == world.LEAF) & (near < np.inf))[0]
             if len(leaf):
-                start = tuple(v[leaf] if np.ndim(v) else v for v in start)
-                span = near[leaf], far[leaf]
-                near[leaf] = _foliage(p.take(leaf), start, tuple(course[:, leaf]), *span)
+                start = np.broadcast_to(start, course.shape)[:, leaf]
+                near[leaf] = _foliage(p.take(leaf), start, course[:, leaf], near[leaf], far[leaf])
             good = np.nonzero((near > NEAREST) & (near < best))[0]
             # The last of several values for a ray stays: the nearest.
             good = good[np.argsort(-near[good], kind="stable")]
@@ -199,96 +193,90 @@ class Rays:
         closer = high < self.distance[spots]
         self.distance[spots[closer]], self.hit[spots[closer]] = high[closer], -1
 
-    def meet_all(self, bounds: Array, columns: int, ring: int) -> None:
-        """Lets rays of a grid meet all primitives that they may hit.
+    def meet_all(self, bounds: Array, grid: Array) -> None:
+        """Lets rays meet all primitives that they may hit.
 
-        bounds: (P, 4), first and end row, first and end column of the rays that may hit each
-        primitive. Columns are taken modulo `ring`.
+        bounds: (P, 4), first row and column and end row and column in `grid` of the rays that may
+        hit each primitive. grid: (rows, columns) of indices of rays, -1 where there is none; a
+        column beyond its end is one from its beginning.
         """
         prims = self.scene.primitives
         # From near to far: what is hidden is left out early.
-        middle = _f32(*[np.mean(v) for v in self.origin])
         radius = np.linalg.norm(prims["half"], axis=1)
-        nearest = np.linalg.norm(prims["center"] - middle, axis=1) - radius
+        nearest = np.linalg.norm(prims["center"] - self.origin.mean(1), axis=1) - radius
         order = np.argsort(nearest, kind="stable")
-        order = order[(bounds[order, 1] > bounds[order, 0]) & (bounds[order, 3] > bounds[order, 2])]
-        first_row, end_row, first, end = bounds[order].T
-        wide = end - first
-        area = (end_row - first_row) * wide
-        total = np.cumsum(area)  # of pairs
-        start = total - area
-        parallel = np.ndim(self.origin[0]) > 0
-        for group in np.split(np.arange(len(order)), np.nonzero(np.diff(total // CHUNK))[0] + 1):
-            place = np.repeat(group, area[group])  # in `order`, of each pair
-            k = np.arange(len(place)) + start[group[:1]] - start[place]
-            owner, column = order[place], (first[place] + k % wide[place]) % ring
-            ray = (first_row[place] + k // wide[place]) * columns + np.minimum(column, columns - 1)
-            use = (column < columns) & (parallel | (self.distance[ray] > nearest[owner]))
+        rows, columns = (bounds[order, 2:] - bounds[order, :2]).clip(0).T
+        pairs = np.cumsum(rows * columns)
+        parallel = self.origin.shape[1] > 1
+        for group in np.split(order, np.nonzero(np.diff(pairs // CHUNK))[0] + 1):
+            windows = [
+                grid[top:bottom].take(range(first, end), 1, mode="wrap").ravel()
+                for top, first, bottom, end in bounds[group]
+            ]
+            owner, ray = np.repeat(group, [w.size for w in windows]), np.concatenate(windows)
+            use = (ray >= 0) & (parallel | (self.distance[ray] > nearest[owner]))
             self.meet(owner[use], ray[use])
 
 
-def _bounds(places: list[Array], shape: tuple[int, int]) -> Array:
-    """Bounds (P, 4), see `Rays`, from the lowest and highest row and column of the corners."""
-    cells = np.stack(places, 1)
-    cells[:, ::2], cells[:, 1::2] = np.ceil(cells[:, ::2]), np.floor(cells[:, 1::2]) + 1
-    return cells.clip(0, np.repeat(shape, 2)).astype(np.int64)
+def _bounds(low: Array, high: Array, shape: tuple[int, int]) -> Array:
+    """Bounds (P, 4), see `Rays.meet_all`, from the lowest and the highest row and column (P, 2)."""
+    cells = np.concatenate([np.ceil(low), np.floor(high) + 1], 1)
+    return cells.clip(0, (*shape, *shape)).astype(np.int64)
 
 
-def _pixel_rays(camera: Camera, rotation: Array, u: Array, v: Array) -> tuple[Array, Array]:
-    """Directions (3, ...) through places u, v (...) of the image; their cosine to the axis."""
+def _pixel_rays(camera: Camera, u: Array, v: Array) -> tuple[Array, Array]:
+    """Directions (3, N) through places u, v (...) of the image; their cosine (...) to the axis."""
     x, y = (u - camera.centre_u) / camera.focal, (v - camera.centre_v) / camera.focal
     cosine = 1 / np.sqrt(x * x + y * y + 1)
-    local = (np.stack([x, y, np.ones_like(x)]) * cosine).astype(np.float32)
-    return np.tensordot(_f32(*rotation), local, 1), cosine.astype(np.float32)
+    local = np.stack([x, y, np.ones_like(x)]) * cosine
+    return local.astype(np.float32).reshape(3, -1), cosine.astype(np.float32)
 
 
 def _cast_camera(scene: Scene, camera: Camera, pose: Pose) -> tuple[Rays, Array]:
     """A ray through each pixel's centre, and its cosine (H, W) to the axis."""
-    position, rotation = pose
     shape = camera.height, camera.width
     v, u = np.meshgrid(*[np.arange(n) + 0.5 for n in shape], indexing="ij")
-    direction, cosine = _pixel_rays(camera, rotation, u, v)
-    x, y, z = np.moveaxis((scene.corners - position) @ rotation, -1, 0)
+    local, cosine = _pixel_rays(camera, u, v)
+    corners = (scene.corners - pose[0]) @ pose[1]
+    aside, z = camera.focal * corners[..., 1::-1], corners[..., 2:]
+    centre = camera.centre_v, camera.centre_u
+    seen = aside / np.maximum(z, 0.1) + centre - 0.5  # (P, 8, 2), row and column
     # Of a primitive that the image plane cuts, all corners count as if on a plane close by: that
     # bounds what is cut off.
-    ahead, cut = z.max(1) > 0.1, (z.min(1) < 0.1)[:, None]
-    ends: list[Array] = []
-    for value, centre in ((y, camera.centre_v), (x, camera.centre_u)):
-        seen = camera.focal * value / np.maximum(z, 0.1) + centre - 0.5
-        close = np.where(cut, camera.focal * value / 0.1 + centre, seen)
-        high = np.where(ahead, np.maximum(seen, close).max(1) + 0.01, -9)
-        ends += [np.minimum(seen, close).min(1) - 0.01, high]
-    rays = Rays(scene, tuple(_f32(*position)), direction.reshape(3, -1))
-    rays.meet_all(_bounds(ends, shape), camera.width, camera.width)
+    close = np.where(z.min(1, keepdims=True) < 0.1, aside / 0.1 + centre, seen)
+    high = np.where(z.max(1) > 0.1, np.maximum(seen, close).max(1) + 0.01, -9)
+    bounds = _bounds(np.minimum(seen, close).min(1) - 0.01, high, shape)
+    rays = Rays(scene, pose, local)
+    rays.meet_all(bounds, np.arange(cosine.size).reshape(shape))
     rays.meet_ground()
     return rays, cosine
 
 
-def _cast_lidar(scene: Scene, lidar: Lidar, pose: Pose) -> tuple[Rays, Array]:
-    """A ray for each beam and column, and its direction (3, N) in the LiDAR's own frame."""
-    position, rotation = pose
+def _cast_lidar(scene: Scene, lidar: Lidar, pose: Pose) -> Rays:
+    """A ray for each beam and column."""
     elevation, (begin, end) = lidar.elevations, lidar.azimuth
     per_column = (end - begin) / lidar.columns
     azimuth = begin + np.arange(lidar.columns) * per_column
     flat, climb = np.cos(elevation)[:, None], np.sin(elevation)[:, None]
     local = _f32(flat * np.cos(azimuth), flat * np.sin(azimuth), climb + 0 * azimuth)
     # The bounds of a primitive are those of the sphere around its box.
-    seen = (scene.corners - position) @ rotation
+    seen = (scene.corners - pose[0]) @ pose[1]
     x, y, z = seen.mean(1).T
     radius = np.linalg.norm(seen[:, 0] - seen.mean(1), axis=1) + 1e-3
     away, far = np.hypot(x, y), np.sqrt(x * x + y * y + z * z)
     high, wide = (np.arcsin(np.minimum(radius / v, 1)) for v in (far, away))
     level, centre = np.arctan2(z, away), (np.arctan2(y, x) - begin) % (2 * np.pi)
-    rows = np.searchsorted(elevation, level - high), np.searchsorted(elevation, level + high)
-    columns = (centre - wide) // per_column, (centre + wide) // per_column + 2
-    bounds = np.stack([*rows, *columns], 1)
-    bounds[away <= radius] = (0, len(elevation), 0, lidar.columns)
+    first = np.searchsorted(elevation, level - high), (centre - wide) // per_column
+    last = np.searchsorted(elevation, level + high), (centre + wide) // per_column + 2
+    bounds = np.stack([*first, *last], 1).astype(np.int64)
+    bounds[away <= radius] = (0, 0, len(elevation), lidar.columns)
     bounds[far - radius > lidar.max_range] = 0
-    direction = np.tensordot(_f32(*rotation), local, 1).reshape(3, -1)
-    rays = Rays(scene, tuple(_f32(*position)), direction)
-    rays.meet_all(bounds.astype(np.int64), lidar.columns, round(2 * np.pi / per_column))
+    rays = Rays(scene, pose, local.reshape(3, -1))
+    grid = np.full((len(elevation), round(2 * np.pi / per_column)), -1)  # all around
+    grid[:, : lidar.columns] = np.arange(len(rays.hit)).reshape(len(elevation), -1)
+    rays.meet_all(bounds, grid)
     rays.meet_ground()
-    return rays, local.reshape(3, -1)
+    return rays
 
 
 # ---- surfaces ------------------------------------------------------------------------------------
@@ -310,8 +298,7 @@ def surface_at(scene: Scene, hit: Array, points: Array) -> Surface:
     ground, thing = np.nonzero(hit < 0)[0], np.nonzero(hit >= 0)[0]
     struck = scene.primitives.take(hit[thing])  # far faster than an index
     pairs = zip(_ground(scene, points[ground]), _things(scene, struck, points[thing]), strict=True)
-    order = np.empty(len(hit), np.int64)
-    order[np.concatenate([ground, thing])] = np.arange(len(hit))
+    order = np.argsort(np.concatenate([ground, thing]), kind="stable")
     return Surface(*[np.concatenate(pair)[order] for pair in pairs])
 
 
@@ -338,8 +325,7 @@ def _normals(struck: Array, points: Array) -> tuple[Array, Array]:
 
 def _ground(scene: Scene, points: Array) -> Surface:
     """The surface of the ground at points (N, 3)."""
-    detail = scene.city.detail
-    x, y = points[:, 0], points[:, 1]
+    detail, (x, y, _) = scene.city.detail, points.T
     _, label, across, beyond = scene.ground(x, y)
     road, sidewalk = label == world.ROAD, label == world.SIDEWALK
     fine, coarse = _noise(x, y, 0.03), _noise(x + 9, y, 0.12)
@@ -373,10 +359,9 @@ def _ground(scene: Scene, points: Array) -> Surface:
     label = np.where(paint, world.LANE_MARKING, label).astype(np.uint8)
     reflect = np.where(road, np.float32(0.1), np.where(sidewalk, np.float32(0.2), 0.34))
     reflect = np.where(fresh, np.float32(0.6), np.where(bare, np.float32(0.25), reflect))
+    reflect *= 0.85 + 0.3 * coarse
     dark = np.zeros_like(points)
-    return Surface(
-        dark + _f32(0, 0, 1), albedo, dark, dark[:, 0], reflect * (0.85 + 0.3 * coarse), label
-    )
+    return Surface(dark + _f32(0, 0, 1), albedo, dark, dark[:, 0], reflect, label)
 
 
 def _things(scene: Scene, struck: Array, points: Array) -> Surface:
@@ -474,8 +459,7 @@ def _sky(scene: Scene, direction: Array) -> Array:
     offset = float(scene.bend[1])
     noise = _noise(direction[:, 0] * scale + offset, direction[:, 1] * scale, 0.012, 1.9)
     clouds = ((noise - 1 + scene.light.clouds) / 0.4).clip(0, 1) * (up * 9).clip(0, 1)
-    radiance: Array = clear + (horizon * 1.18 - clear) * (0.75 * clouds)[:, None]
-    return radiance
+    return clear + (horizon * 1.18 - clear) * (0.75 * clouds)[:, None]
 
 
 class Shader:
@@ -485,7 +469,7 @@ class Shader:
     """
 
     def __init__(self, scene: Scene, pose: Pose):
-        position, forward = pose[0], pose[1][:, 2]
+        (position, forward), self.pose = (pose[0], pose[1][:, 2]), pose
         self.scene, self.position, self.forward = scene, _f32(*position), _f32(*forward)
         ahead = forward * (1, 1, 0) / np.hypot(forward[0], forward[1])
         side = np.cross(scene.sun, ahead)
@@ -496,25 +480,23 @@ class Shader:
         self.centre = _f32(*(middle + scene.sun * 90))
         cells = [(np.arange(n) + 0.5 - n / 2) * SHADOW_CELL for n in SHADOW_SHAPE]
         grid = _f32(*np.meshgrid(*cells, indexing="ij"))
-        origin = self.centre[:, None, None] + np.tensordot(self.axes[:2].T, grid, 1)
-        start = origin.reshape(3, -1)
-        rays = Rays(scene, tuple(start), np.broadcast_to(-self.axes[2][:, None], start.shape))
-        row, column = self._cells(scene.corners - self.centre)
-        ends = [row.min(1), row.max(1), column.min(1), column.max(1)]
-        rays.meet_all(_bounds(ends, SHADOW_SHAPE), SHADOW_SHAPE[1], SHADOW_SHAPE[1])
+        start = self.centre[:, None, None] + np.tensordot(self.axes[:2].T, grid, 1)
+        down = np.broadcast_to(_f32(0, 0, -1)[:, None], (3, grid[0].size))
+        rays = Rays(scene, (start, self.axes.T), down)
+        seen = self._cells(scene.corners - self.centre)
+        bounds = _bounds(seen.min(1), seen.max(1), SHADOW_SHAPE)
+        rays.meet_all(bounds, np.arange(len(rays.hit)).reshape(SHADOW_SHAPE))
         self.depth = rays.distance
 
-    def _cells(self, offset: Array) -> tuple[Array, Array]:
-        """Row and column, as real numbers, of points (..., 3) relative to the shadow's centre."""
-        place = offset @ self.axes[:2].T / SHADOW_CELL + (_f32(*SHADOW_SHAPE) - 1) / 2
-        return place[..., 0], place[..., 1]
+    def _cells(self, offset: Array) -> Array:
+        """Row and column (..., 2), real numbers, of points (..., 3) relative to the centre."""
+        return offset @ self.axes[:2].T / SHADOW_CELL + (_f32(*SHADOW_SHAPE) - 1) / 2
 
     def lit(self, points: Array) -> Array:
         """The share (N,) of the sun that points (N, 3) see."""
         offset = points - self.centre
         rows, columns = SHADOW_SHAPE
-        row, column = self._cells(offset)
-        row, column = row.clip(0, rows - 1.01), column.clip(0, columns - 1.01)
+        row, column = self._cells(offset).clip(0, _f32(rows - 1.01, columns - 1.01)).T
         below = -(offset @ self.axes[2]) - 0.12
         first = row.astype(np.int32) * columns + column.astype(np.int32)
         down, right = row % 1, column % 1
@@ -522,8 +504,7 @@ class Shader:
             (self.depth[cell] > below) * (1 - right) + (self.depth[cell + 1] > below) * right
             for cell in (first, first + columns)
         )
-        lit: Array = above * (1 - down) + under * down
-        return lit
+        return above * (1 - down) + under * down
 
     def radiance(self, rays: Rays) -> tuple[Array, Array]:
         """Radiance (N, 3) and label (N,) of what rays of the camera hit."""
@@ -577,6 +558,43 @@ class Shader:
                 total += falloff[:, None] * _f32(1.0, 0.66, 0.30)
         return total
 
+    def smooth_edges(self, camera: Camera, rays: Rays, radiance: Array) -> None:
+        """Replaces the radiance (H, W, 3) of pixels at edges by the mean of four rays.
+
+        These rays can only hit what the pixel's own ray and those of its four neighbours hit.
+        """
+        scene, shape = self.scene, radiance.shape[:2]
+        sky, hit = np.isinf(rays.distance).reshape(shape), rays.hit.reshape(shape)
+        leaf = (scene.primitives["texture"][hit] == world.LEAF) & (hit >= 0)
+        what = np.where(sky, -2, np.where(leaf, -3, hit))
+        film = np.sqrt(radiance[..., 1] * scene.light.exposure)
+        edge = np.zeros(shape, bool)
+        for before, after in ((np.s_[:-1], np.s_[1:]), (np.s_[:, :-1], np.s_[:, 1:])):
+            differ = what[before] != what[after]
+            differ |= (np.abs(film[before] - film[after]) > 0.12) & ~leaf[before]
+            edge[before] |= differ
+            edge[after] |= differ
+        row, column = np.nonzero(edge)
+        v = (row + 0.5)[:, None] + _f32(-0.25, -0.25, 0.25, 0.25)
+        u = (column + 0.5)[:, None] + _f32(-0.25, 0.25, -0.25, 0.25)
+        local, _ = _pixel_rays(camera, u, v)
+        padded = np.pad(np.where(sky, -2, hit), 1, "edge")
+        steps = ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))  # the pixel itself, and its neighbours
+        around = np.stack([padded[row + a, column + b] for a, b in steps])
+        new = [(own >= 0) & (own != around[:k]).all(0) for k, own in enumerate(around)]
+        which, pixel = np.nonzero(new)
+        ray = (pixel[:, None] * 4 + np.arange(4)).ravel()
+        fine = Rays(scene, self.pose, local)
+        fine.meet(np.repeat(around[which, pixel], 4), ray)
+        fine.meet_ground()
+        # A ray that slips between all of them goes the way of the pixel's own.
+        lost = np.isinf(fine.distance) & np.repeat((around != -2).all(0), 4)
+        own = np.repeat(row * shape[1] + column, 4)[lost]
+        fine.distance[lost], fine.hit[lost] = rays.distance[own], rays.hit[own]
+        color, _ = self.radiance(fine)
+        # Clipped before averaging: a highlight must not outshine its whole pixel.
+        radiance[row, column] = color.clip(0, 4).reshape(-1, 4, 3).mean(1)
+
 
 def photo(scene: Scene, camera: Camera, pose: Pose, rng: Rng) -> Picture:
     """What the camera sees."""
@@ -584,49 +602,9 @@ def photo(scene: Scene, camera: Camera, pose: Pose, rng: Rng) -> Picture:
     shader = Shader(scene, pose)
     radiance, label = shader.radiance(rays)
     radiance = radiance.reshape(*cosine.shape, 3)
-    _smooth_edges(shader, rays, camera, pose[1], radiance)
+    shader.smooth_edges(camera, rays, radiance)
     depth = rays.distance.reshape(cosine.shape) * cosine
     return Picture(_develop(scene, radiance, rng), label.reshape(cosine.shape), depth)
-
-
-def _smooth_edges(
-    shader: Shader, rays: Rays, camera: Camera, rotation: Array, radiance: Array
-) -> None:
-    """Replaces the radiance (H, W, 3) of pixels at edges by the mean of four rays.
-
-    These rays can only hit what the pixel's own ray and those of its four neighbours hit.
-    """
-    scene, shape = shader.scene, radiance.shape[:2]
-    sky, hit = np.isinf(rays.distance).reshape(shape), rays.hit.reshape(shape)
-    leaf = (scene.primitives["texture"][hit] == world.LEAF) & (hit >= 0)
-    what = np.where(sky, -2, np.where(leaf, -3, hit))
-    film = np.sqrt(radiance[..., 1] * scene.light.exposure)
-    edge = np.zeros(shape, bool)
-    for before, after in ((np.s_[:-1], np.s_[1:]), (np.s_[:, :-1], np.s_[:, 1:])):
-        differ = what[before] != what[after]
-        differ |= (np.abs(film[before] - film[after]) > 0.12) & ~leaf[before]
-        edge[before] |= differ
-        edge[after] |= differ
-    row, column = np.nonzero(edge)
-    v = (row + 0.5)[:, None] + _f32(-0.25, -0.25, 0.25, 0.25)
-    u = (column + 0.5)[:, None] + _f32(-0.25, 0.25, -0.25, 0.25)
-    direction = _pixel_rays(camera, rotation, u, v)[0].reshape(3, -1)
-    padded = np.pad(np.where(sky, -2, hit), 1, "edge")
-    steps = ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))  # the pixel itself, and its neighbours
-    around = np.stack([padded[row + a, column + b] for a, b in steps])
-    new = [(own >= 0) & (own != around[:k]).all(0) for k, own in enumerate(around)]
-    which, pixel = np.nonzero(new)
-    ray = (pixel[:, None] * 4 + np.arange(4)).ravel()
-    fine = Rays(scene, rays.origin, direction)
-    fine.meet(np.repeat(around[which, pixel], 4), ray)
-    fine.meet_ground()
-    # A ray that slips between all of them goes the way of the pixel's own.
-    lost = np.isinf(fine.distance) & np.repeat((around != -2).all(0), 4)
-    own = np.repeat(row * shape[1] + column, 4)[lost]
-    fine.distance[lost], fine.hit[lost] = rays.distance[own], rays.hit[own]
-    color, _ = shader.radiance(fine)
-    # Clipped before averaging: a highlight must not outshine its whole pixel.
-    radiance[row, column] = color.clip(0, 4).reshape(-1, 4, 3).mean(1)
 
 
 def _develop(scene: Scene, radiance: Array, rng: Rng) -> Array:
@@ -649,22 +627,22 @@ def _develop(scene: Scene, radiance: Array, rng: Rng) -> Array:
     return (film + light.grain * grain).clip(0, 255).astype(np.uint8)
 
 
-def sweep(scene: Scene, lidar: Lidar, pose: Pose, drop: float, rng: Rng) -> tuple[Array, Array]:
+def sweep(scene: Scene, lidar: Lidar, pose: Pose, rng: Rng) -> tuple[Array, Array]:
     """Points (N, 5) f32 (x, y, z in the LiDAR's frame, intensity 0-255, ring), labels (N,) u8.
 
-    drop: share of returns that are lost. Column by column, as the sensor spins.
+    Column by column, as the sensor spins.
     """
-    rays, own = _cast_lidar(scene, lidar, pose)
+    rays = _cast_lidar(scene, lidar, pose)
     spin = np.arange(len(rays.hit)).reshape(-1, lidar.columns).T.ravel()
     spin = spin[rays.distance[spin] < lidar.max_range]
-    own, distance, ring, count = own.T[spin], rays.distance[spin], spin // lidar.columns, len(spin)
-    direction = own @ _f32(*pose[1]).T
-    surface = surface_at(scene, rays.hit[spin], _f32(*pose[0]) + direction * distance[:, None])
+    distance, ring, count = rays.distance[spin], spin // lidar.columns, len(spin)
+    own, direction = rays.local.T[spin], rays.direction.T[spin]
+    surface = surface_at(scene, rays.hit[spin], rays.origin.T + direction * distance[:, None])
     label = surface.label
     incidence = np.abs((surface.normal * direction).sum(1)) ** np.float32(0.6)
     speckle = rng.uniform(0.8, 1.2, count)
     echo = surface.reflect * (0.1 + 0.9 * incidence) * speckle
-    keep = rng.random(count) > drop
+    keep = rng.random(count) > scene.world.lidar_drop
     keep &= rng.random(count) < 1 - np.exp(-echo * (55.0 / distance) ** 2 * 3.0)
     # Grass scatters the beam, which is what tells a lawn from a pavement at the same height.
     spread = np.where(label == world.TERRAIN, 0.04, 0.015)

@@ -13,29 +13,26 @@ from PIL import Image
 from ftdpp.readers.base import Array
 from ftdpp.world import rig
 from ftdpp.world.rig import Shot
-from ftdpp.world.scene import TABLES
+from ftdpp.world.scene import TABLES, Scene
 
-BASELINE = 0.209313  # metres, of Cityscapes' stereo camera
+STEREO = TABLES["cityscapes"]["calibration"]
 
 
 class Cityscapes(rig.Layout):
     """Disparity as a stereo camera measures it: noisy, with holes, none in the sky."""
 
-    parts = TABLES["cityscapes"]
+    parts = TABLES["cityscapes"]["parts"]
 
-    def contents(self, shot: Shot) -> Iterator[bytes]:
-        picture, camera = self.look(shot, shot.scene()), self.camera
+    def contents(self, shot: Shot, scene: Scene) -> Iterator[bytes]:
+        picture = self.look(shot, scene)
         yield rig.png(self.IDS[picture.label])
         yield rig.png(self._disparity(picture.depth, shot.rng(1)))
-        focal = {"fx": camera.focal, "fy": camera.focal}
-        intrinsic = {**focal, "u0": camera.centre_u, "v0": camera.centre_v}
-        extrinsic = {"baseline": BASELINE, **dict(zip("xyz", self.row["eye"], strict=True))}
-        yield json.dumps({"extrinsic": extrinsic, "intrinsic": intrinsic}, indent=1).encode()
+        yield json.dumps(STEREO, indent=1).encode()
         yield rig.png(picture.image)
 
     def _disparity(self, depth: Array, rng: np.random.Generator) -> Array:
         """(H, W) u16: pixels * 256 + 1, 0 where there is none."""
-        pixels = BASELINE * self.camera.focal / depth
+        pixels = STEREO["extrinsic"]["baseline"] * self.camera.focal / depth
         pixels = pixels + rng.normal(0, 0.06, depth.shape)
         # Matching fails in patches, and beside what hides a part of the scene from one camera.
         height, width = depth.shape
@@ -49,8 +46,8 @@ class Cityscapes(rig.Layout):
 class Gta5(rig.Layout):
     """Images, and labels with a palette."""
 
-    def contents(self, shot: Shot) -> Iterator[bytes]:
-        picture = self.look(shot, shot.scene())
+    def contents(self, shot: Shot, scene: Scene) -> Iterator[bytes]:
+        picture = self.look(shot, scene)
         palette = bytearray(768)
         for row in TABLES["labels"].values():
             palette[3 * row[3] : 3 * row[3] + 3] = bytes.fromhex(row[-1])
@@ -63,8 +60,8 @@ class Gta5(rig.Layout):
 class Synthia(rig.Layout):
     """Perfect depth, in centimetres; the sky lies as far as 16 bits reach."""
 
-    def contents(self, shot: Shot) -> Iterator[bytes]:
-        picture = self.look(shot, shot.scene())
+    def contents(self, shot: Shot, scene: Scene) -> Iterator[bytes]:
+        picture = self.look(shot, scene)
         classes = self.IDS[picture.label]
         centimetres = np.rint(np.minimum(picture.depth, 655.35) * 100)
         yield _rgb16(np.stack([classes, 0 * classes, 0 * classes], 2))
@@ -79,11 +76,8 @@ def _rgb16(channels: Array) -> bytes:
     rows[:, 1:] = channels.astype(">u2").view(np.uint8).reshape(height, -1)
     header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
     out = b"\x89PNG\r\n\x1a\n"
-    for kind, content in (
-        (b"IHDR", header),
-        (b"IDAT", zlib.compress(rows.tobytes(), 2)),
-        (b"IEND", b""),
-    ):
+    chunks = {b"IHDR": header, b"IDAT": zlib.compress(rows.tobytes(), 2), b"IEND": b""}
+    for kind, content in chunks.items():
         check = struct.pack(">I", zlib.crc32(kind + content))
         out += struct.pack(">I", len(content)) + kind + content + check
     return out

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from ftdpp import files
+from ftdpp.processes import in_processes
 from ftdpp.world import dense, nuscenes, points
 from ftdpp.world.rig import Layout, Shot
 from ftdpp.world.scene import TABLES, WORLDS
@@ -34,49 +28,36 @@ LAYOUTS: dict[str, Layout] = {
     "synthia": dense.Synthia("synthia"),
     "cityscapes": dense.Cityscapes("cityscapes"),
 }
-DEFAULT_FRAMES: dict[tuple[str, str], dict[str, int]] = {
-    (source, target): frames for source, target, frames in TABLES["pairs"]
-}
+DEFAULT_FRAMES = {(source, target): frames for source, target, frames in TABLES["pairs"]}
 PAIRS = tuple(DEFAULT_FRAMES)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a world is made of; equal plans give equal bytes."""
+def shots_of(source: str, target: str, frames: dict[str, int], seed: int) -> dict[str, list[Shot]]:
+    """Folder below the root -> the frames of the data set in it; one where the pair shares it.
 
-    version: int
-    source: str
-    target: str
-    frames: dict[str, int]  # by part: source, target, val, test
-    seed: int
-
-
-def shots_of(plan: Plan) -> dict[str, list[Shot]]:
-    """Folder below the root -> the frames of the data set in it; one where the pair shares it."""
-    shared = LAYOUTS[plan.source] is LAYOUTS[plan.target]
+    frames: of each part: source, target, val, test.
+    """
     out: dict[str, list[Shot]] = {}
-    for index, (part, count) in enumerate(plan.frames.items()):
-        world = plan.source if part == "source" else plan.target
-        shots = out.setdefault("" if shared else world, [])
-        places = LAYOUTS[world].places(world, part if part in ("val", "test") else "train")
-        key = (plan.seed, list(WORLDS).index(world), index)
-        length = FRAMES_PER_STREET
-        if LAYOUTS[world] is NUSCENES:  # a street a place, longer where there are not enough
+    for index, (part, count) in enumerate(frames.items()):
+        world = source if part == "source" else target
+        layout, length = LAYOUTS[world], FRAMES_PER_STREET
+        places = layout.places(world, part if part in ("val", "test") else "train")
+        if layout is NUSCENES:  # a street a place, longer where there are not enough
             length = max(length, math.ceil(count / len(places)))
         used: Counter[str] = Counter()
         for n in range(count):
             street, number = divmod(n, length)
             city, place = places[street % len(places)]
-            travel = 10.0 * (length - 1)
-            shot = Shot(world, city, (*key, street), number, travel, place, used[place])
-            shots.append(shot)
+            key = seed, list(WORLDS).index(world), index, street
+            shot = Shot(world, city, key, number, 10.0 * (length - 1), place, used[place])
+            out.setdefault(_folder(world), []).append(shot)
             used[place] += 1
     return out
 
 
-def _put(path: Path, content: bytes) -> None:
-    with files.replacing(path) as temporary:
-        temporary.write_bytes(content)
+def _folder(domain: str) -> str:
+    """Of a domain's data set, below the root: those of nuScenes share the root itself."""
+    return "" if LAYOUTS[domain] is NUSCENES else domain
 
 
 def _write(root: Path, shot: Shot) -> None:
@@ -84,83 +65,26 @@ def _write(root: Path, shot: Shot) -> None:
     layout = LAYOUTS[shot.world]
     paths = [root / file for file in layout.files(shot)]
     if not all(path.exists() for path in paths):
-        for path, content in zip(paths, layout.contents(shot), strict=True):
-            _put(path, content)
+        for path, content in zip(paths, layout.contents(shot, shot.scene()), strict=True):
+            files.write(path, content)
 
 
-def _die_with_parent() -> None:
-    """Ends this worker when its parent is gone: a killed parent cannot stop it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    parent = multiprocessing.parent_process()
+def sizes_of(source: str, target: str, overrides: dict[str, int]) -> dict[str, int]:
+    """The frames of each part of a pair: those of DEFAULT_FRAMES but for the overrides.
 
-    def watch() -> None:
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _partial(root: Path) -> Path:
-    """The folder in which `root` is built."""
-    return root.with_name(f".{root.name}.partial")
-
-
-@contextmanager
-def in_processes(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
-    """A `map` by as many processes; by none beside this one where one is enough."""
-    if count < 2:
-        yield map
-        return
-    # Spawned, not forked: the caller may hold threads or a CUDA context.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(count, context, _die_with_parent)
-    try:
-        yield pool.map
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _build(root: Path, plan: Plan, processes: int, progress: files.Progress | None) -> None:
-    """Builds the world, on top of what a killed build of the same plan left."""
-    # plan.json tells one plan from another, and is gone from the finished world.
-    partial = _partial(root)
-    note, content = partial / "plan.json", json.dumps(asdict(plan))
-    if not note.exists() or note.read_text() != content:
-        if partial.exists():
-            shutil.rmtree(partial)
-        _put(note, content.encode())
-    sets = shots_of(plan)
-    shots = [shot for part in sets.values() for shot in part]
-    homes = [partial / folder for folder, part in sets.items() for _ in part]
-    with in_processes(min(processes, len(shots))) as mapped:
-        for done, _ in enumerate(mapped(_write, homes, shots), 1):
-            if progress:
-                progress(done, len(shots), "building the street world")
-    for folder, part in sets.items():
-        for name, text in LAYOUTS[part[0].world].tables(part).items():
-            _put(partial / folder / name, text.encode())
-    for stale in partial.rglob(".*.tmp"):  # of workers that were killed
-        stale.unlink()
-    os.replace(partial, root)
-    (root / note.name).unlink()  # only now: a kill before the rename loses nothing
-
-
-def plan_of(source: str, target: str, frames: dict[str, int], seed: int, workers: int) -> Plan:
-    """Checks the arguments of `write_world`."""
+    Raises ValueError for a pair that is not in PAIRS, an unknown part, a count below 1.
+    """
     if (source, target) not in PAIRS:
         known = ", ".join(f"{a} -> {b}" for a, b in PAIRS)
         raise ValueError(f"there is no street world for {source} -> {target}; there is {known}")
     defaults = DEFAULT_FRAMES[source, target]
-    for part, count in frames.items():
+    for part, count in overrides.items():
         if part not in defaults:
             known = ", ".join(defaults)
             raise ValueError(f"unknown key {part!r} in frames (known: {known})")
         if count < 1:
             raise ValueError(f"frames[{part!r}] is {count}, expected at least 1")
-    if seed < 0 or workers < 1:
-        raise ValueError(f"seed is {seed} and workers {workers}, expected seed >= 0, workers >= 1")
-    return Plan(VERSION, source, target, defaults | frames, seed)
+    return defaults | overrides
 
 
 def write_world(
@@ -184,18 +108,40 @@ def write_world(
     on there. Raises ValueError for a pair that is not in PAIRS and for counts out of range,
     FileExistsError if `root` is not empty.
     """
-    plan = plan_of(source, target, frames or {}, seed, workers)
-    with files.locked(_partial(root)):  # another process may write it while this one waits
+    sizes = sizes_of(source, target, frames or {})
+    if seed < 0 or workers < 1:
+        raise ValueError(f"seed is {seed} and workers {workers}, expected seed >= 0, workers >= 1")
+    partial, plan = root.with_name(f".{root.name}.partial"), [VERSION, source, target, sizes, seed]
+    # Tells one plan from another, and is gone from the finished world.
+    note, content = partial / "plan.json", json.dumps(plan).encode()
+    sets = shots_of(source, target, sizes, seed)
+    shots = [shot for part in sets.values() for shot in part]
+    homes = [partial / folder for folder, part in sets.items() for _ in part]
+    with files.locked(partial):  # another process may write it while this one waits
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
             raise FileExistsError(
                 f"{root} exists and is not an empty folder: remove it or choose another place"
             )
-        _build(root, plan, workers, progress)
+        if not note.exists() or note.read_bytes() != content:
+            if partial.exists():
+                shutil.rmtree(partial)
+            files.write(note, content)
+        with in_processes(min(workers, len(shots))) as mapped:
+            for done, _ in enumerate(mapped(_write, homes, shots), 1):
+                if progress:
+                    progress(done, len(shots), "building the street world")
+        for folder, part in sets.items():
+            for name, text in LAYOUTS[part[0].world].tables(part).items():
+                files.write(partial / folder / name, text.encode())
+        for stale in partial.rglob(".*.tmp"):  # of workers that were killed
+            stale.unlink()
+        os.replace(partial, root)
+        (root / note.name).unlink()  # only now: a kill before the rename loses nothing
 
 
 def roots(root: Path, *domains: str) -> tuple[Path, ...]:
     """Where the data set of each domain lies in a world that `write_world` wrote."""
-    return tuple(root if LAYOUTS[domain] is NUSCENES else root / domain for domain in domains)
+    return tuple(root / _folder(domain) for domain in domains)
 
 
 def pair_of(src: str, tgt: str) -> tuple[str, str] | None:
@@ -212,7 +158,7 @@ def built_in(
     no such pair.
     """
     source, target = pair_of(src, tgt) or (src, tgt)
-    sizes = "-".join(map(str, plan_of(source, target, {}, 0, workers).frames.values()))
+    sizes = "-".join(map(str, sizes_of(source, target, {}).values()))
     root = cache / f"world-{source}-{target}-v{VERSION}-{sizes}"
     if not root.is_dir():
         with suppress(FileExistsError):  # another process wrote it while this one waited

@@ -6,19 +6,19 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
-from functools import partial
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ftdpp.readers.base import Array, ids, unit_rotation
+from ftdpp.readers.base import compose, euler, ids, unit_rotation
 from ftdpp.world import rig
 from ftdpp.world.cast import Lidar, Pose, sweep
 from ftdpp.world.rig import Shot
 from ftdpp.world.scene import CITIES, TABLES, WORLDS, Scene
 
+TABLE = TABLES["nuscenes"]
 LIDAR = Lidar(np.radians(np.linspace(-30.67, 10.67, 32)), 1090, 80.0)
 CHANNELS = {"LIDAR_TOP": "lidar", "CAM_FRONT": "camera"}
 EARLY = {"LIDAR_TOP": 0, "CAM_FRONT": 35_491}  # microseconds: the image precedes the sweep's end
@@ -27,14 +27,11 @@ EARLY = {"LIDAR_TOP": 0, "CAM_FRONT": 35_491}  # microseconds: the image precede
 class NuScenes(rig.Layout):
     def places(self, world: str, part: str) -> list[tuple[str, str]]:
         """A place is a scene; the world's cities take turns."""
-        table, cities = TABLES["nuscenes"], WORLDS[world].cities
-        scenes = [table["night" if world == "night" else city][part].split() for city in cities]
+        cities = WORLDS[world].cities
+        scenes = [TABLE["night" if world == "night" else city][part].split() for city in cities]
         queues = [[name for span in spans for name in sorted(ids(span))] for spans in scenes]
-        return [
-            (city, f"scene-{name}")
-            for row in zip(*queues, strict=False)
-            for city, name in zip(cities, row, strict=True)
-        ]
+        turns = (zip(cities, names, strict=True) for names in zip(*queues, strict=False))
+        return [(city, f"scene-{name}") for turn in turns for city, name in turn]
 
     def files(self, shot: Shot) -> tuple[str, ...]:
         lidar, camera = (f"{_log(shot)}__{c}__{_timestamp(shot, c)}" for c in CHANNELS)
@@ -47,21 +44,20 @@ class NuScenes(rig.Layout):
     def camera_pose(self, shot: Shot, scene: Scene) -> Pose:
         return _pose(shot, scene, "CAM_FRONT")
 
-    def contents(self, shot: Shot) -> Iterator[bytes]:
-        scene, drop = shot.scene(), WORLDS[shot.world].lidar_drop
-        points, labels = sweep(scene, LIDAR, _pose(shot, scene, "LIDAR_TOP"), drop, shot.rng(1))
+    def contents(self, shot: Shot, scene: Scene) -> Iterator[bytes]:
+        points, labels = sweep(scene, LIDAR, _pose(shot, scene, "LIDAR_TOP"), shot.rng(1))
         yield points.tobytes()
         yield self.IDS[labels].tobytes()
         image = Image.fromarray(self.look(shot, scene).image)
-        yield rig.saved(partial(image.save, format="JPEG", quality=92))
+        yield rig.saved(image.save, format="JPEG", quality=92)
 
     def tables(self, shots: list[Shot]) -> dict[str, str]:
-        rows: dict[str, list[dict[str, Any]]] = {name: [] for name in TABLES["nuscenes"]["tables"]}
+        rows: dict[str, list[dict[str, Any]]] = {name: [] for name in TABLE["tables"]}
 
         def add(table: str, token: str, **row: Any) -> None:
             rows[table].append({"token": token, **row})
 
-        for index, name in enumerate(TABLES["nuscenes"]["categories"]):
+        for index, name in enumerate(TABLE["categories"]):
             add("category", _token("category", name), name=name, description="", index=index)
         for channel, modality in CHANNELS.items():
             add("sensor", _token("sensor", channel), channel=channel, modality=modality)
@@ -88,42 +84,42 @@ class NuScenes(rig.Layout):
             add("lidarseg", lidar, sample_data_token=lidar, filename=self.files(shot)[1])
         # Each street lies elsewhere in the city, and turned.
         turn, east, north = np.random.default_rng([*first.key, 3]).uniform(0, 1, 3)
-        street = rig.euler(6.28 * turn)
+        street = euler(6.28 * turn)
         corner = np.array([300 + 1200 * east, 300 + 1200 * north, 0.0])
-        for channel in CHANNELS:
-            image = channel == "CAM_FRONT"
+        camera = {"fileformat": "jpg", "height": self.camera.height, "width": self.camera.width}
+        for channel, file, form, matrix in (
+            ("LIDAR_TOP", 0, {"fileformat": "pcd", "height": 0, "width": 0}, np.array([])),
+            ("CAM_FRONT", 2, camera, self.camera.matrix),
+        ):
             sensor = _token(*names, "calibration", channel)
-            translation, quaternion = (numbers.tolist() for numbers in mount(first.city, channel))
-            intrinsic = self.camera.matrix.tolist() if image else []
-            kind = {"sensor_token": _token("sensor", channel), "camera_intrinsic": intrinsic}
+            translation, quaternion = _mount(first.city, channel)
+            kind = {"sensor_token": _token("sensor", channel), "camera_intrinsic": matrix.tolist()}
             add("calibrated_sensor", sensor, translation=translation, rotation=quaternion, **kind)
-            height, width = (self.camera.height, self.camera.width) if image else (0, 0)
-            form = {"fileformat": "jpg" if image else "pcd", "height": height, "width": width}
             tokens = [_data_token(shot, channel) for shot in shots]
             frames = zip(shots, samples, tokens, _chain(tokens), strict=True)
             for shot, sample, data, chain in frames:
                 when = {"timestamp": _timestamp(shot, channel)}
-                own = {"ego_pose_token": data, "filename": self.files(shot)[2 if image else 0]}
+                own = {"ego_pose_token": data, "filename": self.files(shot)[file]}
                 belongs = {"sample_token": sample, "calibrated_sensor_token": sensor}
                 row = when | own | belongs | {"is_key_frame": True} | chain | form
                 add("sample_data", data, **row)
-                at, quaternion = rig.ego_pose(scene, shot, -EARLY[channel] / 1e6)
+                at, turned = rig.ego_pose(scene, shot, -EARLY[channel] / 1e6)
                 at = (corner + unit_rotation(street) @ at).tolist()
-                turned = rig.compose(street, quaternion).tolist()
+                turned = compose(street, turned).tolist()
                 add("ego_pose", data, **when, translation=at, rotation=turned)
 
 
-def mount(city: str, channel: str) -> tuple[Array, Array]:
-    """Translation (3,) in metres and rotation quaternion (4,) from a sensor's to the ego frame."""
-    translation, quaternion = map(np.array, TABLES["nuscenes"]["mounts"][channel])
-    raised = np.array([0, 0, CITIES[city].mount])
-    return translation + raised, quaternion / np.linalg.norm(quaternion)
+def _mount(city: str, channel: str) -> tuple[list[float], list[float]]:
+    """Translation (3) in metres and quaternion (4) from a sensor's to the car's frame."""
+    (x, y, z), quaternion = TABLE["mounts"][channel]
+    return [x, y, z + CITIES[city].mount], quaternion
 
 
 def _pose(shot: Shot, scene: Scene, channel: str) -> Pose:
-    position, quaternion = mount(shot.city, channel)
+    """The pose of a sensor in the scene, when it measures."""
+    position, quaternion = _mount(shot.city, channel)
     ego = rig.ego_pose(scene, shot, -EARLY[channel] / 1e6)
-    return rig.mounted(ego, position, unit_rotation(quaternion))
+    return rig.mounted(ego, np.array(position), unit_rotation(quaternion))
 
 
 def _begin(shot: Shot) -> datetime:

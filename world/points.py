@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from typing import ClassVar
 
 import numpy as np
 
 from ftdpp.readers import a2d2, semantic_kitti, virtual_kitti
-from ftdpp.readers.base import Array, unit_rotation
+from ftdpp.readers.base import Array, euler, unit_rotation
 from ftdpp.world import rig
 from ftdpp.world.cast import Camera, Lidar, Pose, sweep
 from ftdpp.world.rig import Shot
-from ftdpp.world.scene import TABLES, WORLDS, Scene
+from ftdpp.world.scene import TABLES, Scene
 
 
 class SemanticKitti(rig.Layout):
@@ -36,10 +35,9 @@ class SemanticKitti(rig.Layout):
         eye = self.lidar_at - self.turn.T @ (self.shift + self.aside)  # of camera 2
         return rig.mounted(rig.ego_pose(scene, shot), eye, self.turn.T)
 
-    def contents(self, shot: Shot) -> Iterator[bytes]:
-        scene, drop = shot.scene(), WORLDS[shot.world].lidar_drop
+    def contents(self, shot: Shot, scene: Scene) -> Iterator[bytes]:
         pose = rig.mounted(rig.ego_pose(scene, shot), self.lidar_at, np.eye(3))
-        points, labels = sweep(scene, self.lidar, pose, drop, shot.rng(1))
+        points, labels = sweep(scene, self.lidar, pose, shot.rng(1))
         points[:, 3] /= 255
         yield points[:, :4].tobytes()
         yield self.IDS[labels].astype(np.uint32).tobytes()
@@ -64,8 +62,8 @@ class VirtualKitti(rig.Layout):
 
     parts: ClassVar = {"train": virtual_kitti.SEQUENCES}
 
-    def contents(self, shot: Shot) -> Iterator[bytes]:
-        seen, camera = self.look(shot, shot.scene()), self.camera
+    def contents(self, shot: Shot, scene: Scene) -> Iterator[bytes]:
+        seen, camera = self.look(shot, scene), self.camera
         near = np.flatnonzero(seen.depth < FARTHEST)
         drawn = np.sort(shot.rng(1).choice(near, min(POINTS, len(near)), replace=False))
         row, col = np.divmod(drawn, camera.width)
@@ -74,7 +72,7 @@ class VirtualKitti(rig.Layout):
         up = -(row + 0.5 - camera.centre_v) / camera.focal * x
         colours, label = seen.image.reshape(-1, 3)[drawn].T, self.IDS[seen.label.ravel()[drawn]]
         points = np.stack([x, left, up, *colours, label], 1).astype(np.float32)
-        yield rig.saved(partial(np.save, arr=points))
+        yield rig.saved(np.save, arr=points)
         for weather in WEATHERS:
             yield rig.png(relit(seen.image, seen.depth, weather))
 
@@ -91,8 +89,10 @@ def relit(image: Array, depth: Array, weather: str) -> Array:
     return (lit * clear + (1 - clear) * np.array(haze, np.float32)).clip(0, 255).astype(np.uint8)
 
 
+A2D2 = TABLES["a2d2"]
 CAMERA = Camera(*TABLES["layouts"]["a2d2"]["camera"])  # of undistorted images
-LENS, DISTORTION = 460.5, -0.2611  # focal length of distorted images, radial distortion
+FRONT = A2D2["calibration"]["cameras"]["front_center"]
+LENS, DISTORTION = FRONT["CamMatrixOriginal"][0][0], FRONT["Distortion"][0][0]  # focal, radial
 
 
 class A2d2(rig.Layout):
@@ -103,24 +103,22 @@ class A2d2(rig.Layout):
     undistorted.
     """
 
-    classes, lidars = TABLES["a2d2"]["classes"], TABLES["a2d2"]["lidars"]
-    colours = np.array([list(bytes.fromhex(code[1:])) for code in classes], np.uint8)
+    colours = np.array([list(bytes.fromhex(code[1:])) for code in A2D2["classes"]], np.uint8)
     lidar = Lidar(np.radians(np.linspace(-15, 15, 16)), 300, 100.0, (-0.75, 0.75))
     parts = a2d2.DRIVES
 
-    def contents(self, shot: Shot) -> Iterator[bytes]:
-        scene = shot.scene()
+    def contents(self, shot: Shot, scene: Scene) -> Iterator[bytes]:
         points = self._points(shot, scene)
-        points = points[points[:, 0] > 0]
         x, y, z = points[:, :3].T
-        col, row = CAMERA.centre_u - CAMERA.focal * y / x, CAMERA.centre_v - CAMERA.focal * z / x
-        inside = (row >= 0) & (row < CAMERA.height - 1) & (col >= 0) & (col < CAMERA.width - 1)
-        points, row, col = points[inside], row[inside], col[inside]
+        row, col = CAMERA.centre_v - CAMERA.focal * z / x, CAMERA.centre_u - CAMERA.focal * y / x
+        seen = (row >= 0) & (row < CAMERA.height - 1) & (col >= 0) & (col < CAMERA.width - 1)
+        seen &= x > 0
+        points, row, col = points[seen], row[seen], col[seen]
         x, y, _, reflectance, lidar = points.T
         polar = {"distance": np.linalg.norm(points[:, :3], axis=1), "azimuth": np.arctan2(y, x)}
         place = {"points": points[:, :3], "row": row, "col": col, "depth": x, **polar}
-        arrays = {**place, "reflectance": reflectance, "lidar_id": lidar.astype(np.int64)}
-        yield rig.saved(partial(np.savez, **arrays))
+        measured = {"reflectance": reflectance, "lidar_id": lidar.astype(np.int64)}
+        yield rig.saved(np.savez, **place, **measured)
         picture = self.look(shot, scene)
         sources = tuple(np.rint(v).astype(int) for v in lens())
         yield rig.png(self.colours[self.IDS[picture.label[sources]]])
@@ -128,31 +126,21 @@ class A2d2(rig.Layout):
 
     def _points(self, shot: Shot, scene: Scene) -> Array:
         """(M, 5): x, y, z in the camera's view, intensity, number of the lidar."""
-        ego, drop = rig.ego_pose(scene, shot), WORLDS[shot.world].lidar_drop
+        ego = rig.ego_pose(scene, shot)
         at, view = rig.mounted(ego, np.array(self.row["eye"]), np.eye(3))
         parts = []
-        for number, (position, angles) in enumerate(self.lidars.values()):
-            turn = unit_rotation(rig.euler(*np.radians(angles)))
-            origin, rotation = rig.mounted(ego, np.array(position), turn)
-            points, _ = sweep(scene, self.lidar, (origin, rotation), drop, shot.rng(1 + number))
+        for number, (name, angles) in enumerate(A2D2["angles"].items()):
+            turn = unit_rotation(euler(*np.radians(angles)))
+            position = np.array(A2D2["calibration"]["lidars"][name]["view"]["origin"])
+            origin, rotation = rig.mounted(ego, position, turn)
+            points, _ = sweep(scene, self.lidar, (origin, rotation), shot.rng(1 + number))
             seen = (points[:, :3] @ rotation.T + origin - at) @ view
             parts.append(np.column_stack([seen, points[:, 3], np.full(len(seen), number)]))
         return np.concatenate(parts)
 
     def tables(self, shots: list[Shot]) -> dict[str, str]:
-        level = {"x-axis": [1.0, 0.0, 0.0], "y-axis": [0.0, 1.0, 0.0]}
-        camera = {
-            "view": {"origin": self.row["eye"], **level},
-            "Lens": "Telecam",
-            "CamMatrix": CAMERA.matrix.tolist(),
-            "CamMatrixOriginal": replace(CAMERA, focal=LENS).matrix.tolist(),
-            "Distortion": [[DISTORTION, 0.0, 0.0, 0.0, 0.0]],
-            "Resolution": [CAMERA.width, CAMERA.height],
-        }
-        lidars = {name: {"view": {"origin": at, **level}} for name, (at, _) in self.lidars.items()}
-        config = {"cameras": {"front_center": camera}, "lidars": lidars}
-        tables = {"cams_lidars.json": config, "class_list.json": self.classes}
-        return {name: json.dumps(table, indent=1) + "\n" for name, table in tables.items()}
+        content = {"cams_lidars.json": A2D2["calibration"], "class_list.json": A2D2["classes"]}
+        return {name: json.dumps(table, indent=1) + "\n" for name, table in content.items()}
 
 
 @cache
@@ -160,13 +148,12 @@ def lens() -> tuple[Array, Array]:
     """Row and column (H, W) in the undistorted image of each pixel of the distorted one."""
     row, col = np.mgrid[: CAMERA.height, : CAMERA.width].astype(np.float64)
     x, y = (col - CAMERA.centre_u) / LENS, (row - CAMERA.centre_v) / LENS
-    far = np.hypot(x, y)
-    free = far
+    free = far = np.hypot(x, y)
     for _ in range(8):  # far = free * (1 + DISTORTION * free**2), solved for free
         free = far / (1 + DISTORTION * free**2)
     scale = CAMERA.focal * free / np.maximum(far, 1e-9)
-    out = scale * y + CAMERA.centre_v, scale * x + CAMERA.centre_u
-    return out[0].clip(0, CAMERA.height - 1), out[1].clip(0, CAMERA.width - 1)
+    row, col = scale * y + CAMERA.centre_v, scale * x + CAMERA.centre_u
+    return row.clip(0, CAMERA.height - 1), col.clip(0, CAMERA.width - 1)
 
 
 def distort(image: Array) -> Array:

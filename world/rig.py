@@ -10,13 +10,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
-from ftdpp.readers.base import Array, unit_rotation
+from ftdpp.readers.base import Array, euler, unit_rotation
 from ftdpp.world.cast import Camera, Picture, Pose, photo
 from ftdpp.world.scene import TABLES, WORLDS, Scene
 
@@ -68,8 +67,8 @@ class Layout(ABC):
         return tuple(file.format(**vars(shot), **words) for file in self.row["files"])
 
     @abstractmethod
-    def contents(self, shot: Shot) -> Iterator[bytes]:
-        """Renders a frame: what its files hold."""
+    def contents(self, shot: Shot, scene: Scene) -> Iterator[bytes]:
+        """Renders a frame: what its files hold. scene: the street at the frame's moment."""
 
     def tables(self, shots: list[Shot]) -> dict[str, str]:
         """The files that belong to no single frame, and what they hold."""
@@ -83,31 +82,14 @@ class Layout(ABC):
         return photo(scene, self.camera, self.camera_pose(shot, scene), shot.rng())
 
 
-def compose(a: Array, b: Array) -> Array:
-    """The product of two quaternions: rotate by b, then by a."""
-    vector = a[0] * b[1:] + b[0] * a[1:] + np.cross(a[1:], b[1:])
-    return np.concatenate([[a[0] * b[0] - a[1:] @ b[1:]], vector])
-
-
-def euler(yaw: float, pitch: float = 0.0, roll: float = 0.0) -> Array:
-    """The quaternion (w, x, y, z) of a roll about x, then a pitch about y, then a yaw about z."""
-    about_z, about_y, about_x = (
-        np.array([math.cos(angle / 2), *(math.sin(angle / 2) * np.eye(3)[axis])])
-        for angle, axis in ((yaw, 2), (pitch, 1), (roll, 0))
-    )
-    return compose(compose(about_z, about_y), about_x)
-
-
 def ego_pose(scene: Scene, shot: Shot, later: float = 0.0) -> tuple[Array, Array]:
     """Where the car is `later` seconds after the moment: position and quaternion in the scene."""
     time = shot.number + later
-    phase = np.random.default_rng([*shot.key, 1]).uniform(0, 6.28, 3)
     x = scene.speed * time
     y = float(scene.centre(x)) + scene.city.side * scene.lane / 2
+    phase = np.random.default_rng([*shot.key, 1]).uniform(0, 6.28, 3)
     swings = zip((0.012, 0.007, 0.006), (0.9, 2.1, 1.7), phase, strict=True)
-    yaw, pitch, roll = (
-        size * math.sin(frequency * time + start) for size, frequency, start in swings
-    )
+    yaw, pitch, roll = (size * math.sin(rate * time + start) for size, rate, start in swings)
     return np.array([x, y, 0.0]), euler(scene.heading(x) + yaw, pitch, roll)
 
 
@@ -117,14 +99,14 @@ def mounted(ego: tuple[Array, Array], position: Array, turn: Array) -> Pose:
     return ego[0] + rotation @ position, rotation @ turn
 
 
-def saved(save: Callable[[io.BytesIO], Any]) -> bytes:
+def saved(save: Callable[..., Any], **options: Any) -> bytes:
     """What a function writes to the file that it is given."""
     file = io.BytesIO()
-    save(file)
+    save(file, **options)
     return file.getvalue()
 
 
 def png(image: Array | Image.Image) -> bytes:
     """A PNG of (H, W, 3) u8, (H, W) u8 or (H, W) u16, or of an image with a palette."""
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    return saved(partial(picture.save, format="PNG", compress_level=2))
+    return saved(picture.save, format="PNG", compress_level=2)

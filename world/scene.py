@@ -10,6 +10,7 @@ street, z points up.
 
 from __future__ import annotations
 
+import itertools
 import math
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +35,7 @@ VEGETATION, SKY = CODES["vegetation"], CODES["sky"]
 VEHICLES = [CODES[name] for name in ("car", "van", "truck", "bus", "train")]
 
 Vector = Sequence[float]  # x, y, z
-RGB = Sequence[float]
+RGB = Sequence[float] | Array
 Rng = np.random.Generator
 Pose = tuple[float, float, float, float]  # x, y, z, yaw
 
@@ -77,26 +78,25 @@ class Scene:
         self.rows: list[tuple[Any, ...]] = []  # of PRIMITIVE
         self.lamps: list[Vector] = []  # positions of street lamps
         self.reach = (-75.0, travel + 115.0)  # first and last x that is built
-        self.city, style = CITIES[city], WORLDS[world]
-        dull = len(style.lights) > 1 and rng.random() < 0.5
-        self.light = LIGHTS[style.lights[dull]]
+        self.city, self.world = CITIES[city], WORLDS[world]
+        dull = len(self.world.lights) > 1 and rng.random() < 0.5
+        self.light = LIGHTS[self.world.lights[dull]]
         self.lanes = 1 + int(rng.random() < self.city.two_lanes)  # in each direction
         parking = rng.random() < self.city.parking
         self.lane = rng.uniform(3, 3.4)  # width
         crossing = rng.random() < 0.45
         azimuth = rng.uniform(-math.pi, math.pi)
         elevation = math.radians(rng.uniform(*self.light.elevation))
-        flat = math.cos(elevation)
-        ahead, left = math.cos(azimuth) * flat, math.sin(azimuth) * flat
-        self.sun = np.array((ahead, left, math.sin(elevation)))  # unit vector (3,) towards it
+        flat, up = math.cos(elevation), math.sin(elevation)
+        # Unit vector (3,) towards it.
+        self.sun = np.array([math.cos(azimuth) * flat, math.sin(azimuth) * flat, up])
         # The cross-section of each side beyond the kerb, (2, PROFILE_CELLS). Cell 0 is the road;
         # side 1 lies at positive y.
         self.profile_height = np.zeros((2, PROFILE_CELLS), np.float32)
         self.profile_label = np.full((2, PROFILE_CELLS), ROAD, np.uint8)
         self.walk = [(0.0, 0.0), (0.0, 0.0)]  # where the pavement begins and ends beyond the kerb
         self.setback = [0.0, 0.0]  # where the buildings may begin
-        for side in (0, 1):
-            self._lay_bands(side, rng)
+        self._lay_bands(rng)
         self.colors = np.zeros((TERRAIN + 1, 3), np.float32)  # (labels, 3) of the ground
         for ground in (ROAD, SIDEWALK, TERRAIN):
             self.colors[ground] = _pick(rng, [getattr(self.city, LABELS[ground])], 0.15)
@@ -115,19 +115,20 @@ class Scene:
             _roadworks(self, rng)
         _traffic(self, parking, time, rng)
 
-    def _lay_bands(self, side: int, rng: Rng) -> None:
-        """One of the city's variants of what lies between kerb and buildings."""
-        edge = 0.0
-        variant = self.city.bands[rng.integers(len(self.city.bands))]
-        for label, narrow, wide, level, slope in variant:
-            start, edge = edge, edge + rng.uniform(narrow, wide)
-            cell = 1 + round(start * CELLS_PER_METRE)
-            rise = np.minimum(np.arange(PROFILE_CELLS - cell) / CELLS_PER_METRE, 6.0) * slope
-            self.profile_height[side, cell:] = level + rise
-            self.profile_label[side, cell:] = CODES[label]
-            if label == "sidewalk":
-                self.walk[side] = (start, edge)
-        self.setback[side] = edge
+    def _lay_bands(self, rng: Rng) -> None:
+        """One of the city's variants of what lies between kerb and buildings, for each side."""
+        variants = self.city.bands
+        for side in (0, 1):
+            edge = 0.0
+            for label, narrow, wide, level, slope in variants[rng.integers(len(variants))]:
+                start, edge = edge, edge + rng.uniform(narrow, wide)
+                cell = 1 + round(start * CELLS_PER_METRE)
+                rise = np.minimum(np.arange(PROFILE_CELLS - cell) / CELLS_PER_METRE, 6.0) * slope
+                self.profile_height[side, cell:] = level + rise
+                self.profile_label[side, cell:] = CODES[label]
+                if label == "sidewalk":
+                    self.walk[side] = (start, edge)
+            self.setback[side] = edge
 
     @cached_property
     def primitives(self) -> Array:
@@ -138,7 +139,7 @@ class Scene:
     def corners(self) -> Array:
         """(P, 8, 3) of the boxes around the primitives."""
         prims = self.primitives
-        signs = np.array([(a, b, c) for a in (-1, 1) for b in (-1, 1) for c in (-1, 1)], np.float32)
+        signs = np.array(list(itertools.product((-1, 1), repeat=3)), np.float32)
         x, y, z = np.moveaxis(prims["half"][:, None] * signs, -1, 0)
         cos, sin = prims["cos"][:, None], prims["sin"][:, None]
         return np.stack([cos * x - sin * y, sin * x + cos * y, z], -1) + prims["center"][:, None]
@@ -199,18 +200,15 @@ class Scene:
         pattern: float = 0.0,
     ) -> None:  # fmt: skip
         """Adds a primitive whose centre is at `offset` in the frame of `base`."""
-        where = (self.place(base, offset), half, math.cos(base[3]), math.sin(base[3]), taper)
-        codes = (CODES[shape], CODES[label], CODES[texture])
+        where = self.place(base, offset), half, math.cos(base[3]), math.sin(base[3]), taper
+        codes = CODES[shape], CODES[label], CODES[texture]
         self.rows.append((*where, color, reflect, pattern, *codes))
 
 
-def _pick(rng: Rng, colors: Sequence[RGB], spread: float = 0.12) -> RGB:
-    """One of the colours, brighter or darker by up to `spread`."""
-    return _scaled(colors[int(rng.integers(len(colors)))], rng.uniform(1 - spread, 1 + spread))
-
-
-def _scaled(color: RGB, factor: float) -> RGB:
-    return color[0] * factor, color[1] * factor, color[2] * factor
+def _pick(rng: Rng, colors: Sequence[RGB], spread: float = 0.12) -> Array:
+    """One of the colours (3,), brighter or darker by up to `spread`."""
+    color = np.array(colors[int(rng.integers(len(colors)))])
+    return color * rng.uniform(1 - spread, 1 + spread)
 
 
 def _along(rng: Rng, reach: Vector, gap: float, spread: float = 0.3) -> Iterator[float]:
@@ -249,9 +247,8 @@ def _thing(scene: Scene, base: Pose, rng: Rng, what: str) -> None:
 
 def _vehicle(scene: Scene, base: Pose, rng: Rng, parked: bool = False) -> None:
     """Something of the city's traffic, with its rider; or something short that is parked."""
-    mix = dict(scene.city.mix)
-    for long in ("truck", "bus", "tram") if parked else ():
-        mix.pop(long, None)
+    long = ("truck", "bus", "tram") if parked else ()
+    mix = {kind: share for kind, share in scene.city.mix.items() if kind not in long}
     kind = str(rng.choice(list(mix), p=np.array(list(mix.values())) / sum(mix.values())))
     paint, scale = _pick(rng, scene.city.paint), rng.uniform(0.95, 1.05)
     lean = {"bicycle": 0.28, "motorcycle": 0.12}.get(kind)
@@ -301,9 +298,8 @@ def _tree(scene: Scene, base: Pose, rng: Rng) -> None:
     scene.add(base, "cylinder", "trunk", (0, 0, middle), stem, bark, reflect=0.25)
     for k in range(7):
         turned = (*base[:3], base[3] + k * 0.898 + trunk)
-        if palm:
-            at, size = (1.0, 0, 2 * middle + 0.1), (1.2, 0.22, 0.32)
-        else:
+        at, size = (1.0, 0, 2 * middle + 0.1), (1.2, 0.22, 0.32)
+        if not palm:
             draw = rng.uniform
             out, width, rise = draw(0.4, 0.62), draw(0.42, 0.62), draw(0.45, 1.5)
             if k == 0:
@@ -328,7 +324,7 @@ def _house(scene: Scene, base: Pose, rng: Rng, grow: float = 1.0) -> None:
     tall = float(rng.integers(fewest, most, endpoint=True) * 1.55 * grow)  # half the height
     style = float(rng.integers(1, 90)) + rng.uniform(*city.glass)
     wall, roof, extra = _pick(rng, city.walls), rng.random(), rng.random()
-    dark, pale = _scaled(wall, 0.55), _scaled(wall, 0.8)
+    dark, pale = wall * 0.55, wall * 0.8
     box = partial(scene.add, base, "box", "building")
     body = (width, depth, tall + 0.5)
     box((0, -depth, tall - 0.5), body, wall, "facade", reflect=0.35, pattern=style)
@@ -411,8 +407,7 @@ def _traffic(scene: Scene, parking: bool, time: float, rng: Rng) -> None:
         for lane in range(scene.lanes):
             # The first car of the ego lane keeps its distance; behind the ego car that lane is
             # empty.
-            ego_lane = direction == 1 and lane == 0
-            x = rng.uniform(15, 42) if ego_lane else rng.uniform(-50, -30)
+            x = rng.uniform(*((15, 42) if direction == 1 and lane == 0 else (-50, -30)))
             while x < scene.reach[1]:
                 middle = direction * keep_side * scene.lane * (lane + 0.5)
                 at = x + direction * scene.speed * time

@@ -1,0 +1,40 @@
+"""Work that is spread over processes, which end with the one that started them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+
+def _die_with_parent() -> None:
+    """Ends this worker when its parent is gone: a killed parent cannot stop it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def in_processes(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """A `map` by as many processes; by none beside this one where one is enough."""
+    if count < 2:
+        yield map
+        return
+    # Spawned, not forked: the caller may hold threads or a CUDA context.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(count, context, _die_with_parent)
+    try:
+        yield pool.map
+    finally:
+        pool.shutdown(cancel_futures=True)
