@@ -111,6 +111,27 @@ def test_fusion_head(tail: str, parameters: int) -> None:
     assert not torch.equal(head(map_2d, feat_3d + 1, frame, pixel), out)
 
 
+@pytest.mark.parametrize("tail", ["norm", "sigmoid"])
+def test_fusion_head_layer_by_layer(tail: str) -> None:
+    torch.manual_seed(0)
+    head = FusionHead(16, 8, 6, tail).eval()
+    map_2d, feat_3d = torch.randn(1, 16, 5, 5), torch.randn(9, 8)
+    pixel = torch.randint(0, 5, (9, 2))
+    x2 = head.cbam(map_2d)[0, :, pixel[:, 0], pixel[:, 1]].T
+    x = torch.cat([head.attend_2d(x2) + x2, head.attend_3d(feat_3d) + feat_3d], 1)
+    first, second = (layer for layer in head.mix if isinstance(layer, torch.nn.Linear))
+    x = second(first(x).relu())
+    x = x.relu() if tail == "sigmoid" else x
+    x = head.attend(x) + x
+    linear = [layer for layer in head.classify if isinstance(layer, torch.nn.Linear)]
+    if tail == "sigmoid":
+        wanted = linear[2](linear[1](linear[0](x).relu()).sigmoid())
+    else:
+        wanted = linear[1](head.classify[1](linear[0](x)).relu())
+    found = head(map_2d, feat_3d, torch.zeros(9, dtype=torch.int64), pixel)
+    assert torch.allclose(found, wanted, atol=1e-6)
+
+
 def test_the_extra_term_comes_late() -> None:
     """After iteration 80,000 of usa-singapore: counted from 0, the first one is 80,001."""
     system = make(settings(distill_tgt_after=8))
