@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,19 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "installed", lambda *_: [])  # even where there are some
 
 
+@pytest.fixture
+def little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small images, batches and sweeps: what the rows are does not depend on them."""
+    recipe, sweep = systems.recipe, speed.whole_sweep
+
+    def small(*args: Any, **more: Any) -> Any:
+        return dataclasses.replace(recipe(*args, **more), image=(48, 88), batch=2, width_3d=4)
+
+    monkeypatch.setattr(systems, "recipe", small)
+    monkeypatch.setattr(speed, "whole_sweep", lambda points: sweep(points[::8]))
+
+
+@pytest.mark.usefixtures("little")
 def test_rows(world: Path, cache: Path, tmp_path: Path) -> None:
     """One row for each thing that is timed, and a file that takes rows of two runs."""
     rows = speed.run(world, cache, 1, CPU, (1, 2))

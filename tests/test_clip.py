@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -317,15 +318,16 @@ def test_contrast_is_the_slow_loop() -> None:
     assert float(found) == pytest.approx(total, rel=1e-5)
 
 
-@pytest.fixture
-def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"STREETS": 2, "STEPS": 3, "BATCH": 6}.items():
+def test_the_street_clip_is_built_once_and_equal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the number of cores that draw."""
+    for name, value in {"STREETS": 2, "STEPS": 2, "BATCH": 4, "THREADS": 1}.items():
         monkeypatch.setattr(street_clip, name, value)
-
-
-def test_the_street_clip_is_built_once_and_equal(brief: None, tmp_path: Path) -> None:
     told: list[str] = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     first = street_clip.build(tmp_path / "a", lambda done, total, what: told.append(what))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
     second = street_clip.build(tmp_path / "b")
     for file in ("model.safetensors", "tokenizer.json"):
         assert (first / file).read_bytes() == (second / file).read_bytes()
@@ -340,19 +342,25 @@ def test_the_street_clip_is_built_once_and_equal(brief: None, tmp_path: Path) ->
 
 
 def test_a_killed_build_leaves_nothing_under_the_name(
-    brief: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(folder: Path, progress: Any = None) -> None:
+        (folder / "model.safetensors").write_text("half")
         (folder / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
-    real = street_clip.train
+    def whole(folder: Path, progress: Any = None) -> None:
+        assert not list(folder.iterdir()), "what the killed one left is gone"
+        (folder / "model.safetensors").write_text("whole")
+
     monkeypatch.setattr(street_clip, "train", killed)
     with pytest.raises(KeyboardInterrupt):
         street_clip.build(tmp_path)
-    monkeypatch.setattr(street_clip, "train", real)
     assert not street_clip.folder(tmp_path).exists()
-    assert (street_clip.build(tmp_path) / "model.safetensors").is_file()
+    monkeypatch.setattr(street_clip, "train", whole)
+    built = street_clip.build(tmp_path)
+    assert built == street_clip.folder(tmp_path)
+    assert [file.name for file in built.iterdir()] == ["model.safetensors"]
 
 
 # ---- CLIP2UDA: its parts -------------------------------------------------------------------------

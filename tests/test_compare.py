@@ -95,7 +95,7 @@ def test_compare_and_train_find_each_others_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     data = ("--data", world, "--cache", cache, "--preset", "small", "--threads", 1)
-    settings = [*TINY, "--set", "steps=2"]
+    settings = [*TINY, "--set", "steps=1"]
     result = ftd(
         *("train", "--src", "usa", "--tgt", "singapore", "--method", "source-only", "--seed", 1),
         *(*data, *settings),

@@ -24,7 +24,9 @@ from ftdpp.kernels import Pyramid, gemm, hash, naive, norm, reference  # noqa: E
 from ftdpp.models import BatchNormReLU, UNet3D  # noqa: E402
 
 SIZES = [1, 2, 63, 97, 150]
-CHANNELS = [(1, 16), (24, 48), (112, 16)]  # the input gradient runs each the other way round, too
+# Rows, and channels of input and output; the input gradient runs each the other way round, too.
+# Every size once: how rows fall into blocks does not depend on how channels do.
+SHAPES = [*((n, 24, 48) for n in SIZES), *((n, *c) for n in (1, 97) for c in ((1, 16), (112, 16)))]
 
 
 def cloud(n: int, size: int = 7, batch: int = 2, low: int = -3) -> Tensor:
@@ -152,8 +154,7 @@ def test_hash_table_holds_colliding_keys() -> None:
     }
 
 
-@pytest.mark.parametrize(("cin", "cout"), CHANNELS)
-@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize(("n", "cin", "cout"), SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_convolution_and_gradients(kind: str, n: int, cin: int, cout: int) -> None:
     torch.manual_seed(n)
@@ -232,17 +233,15 @@ def test_nothing_is_written_outside() -> None:
     assert_close(part[1:3].sum(0), true.cpu().double(), 1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+NORMS = [(1, 16, 1), (9, 16, 1), (63, 24, 63), (150, 112, 97), (150, 192, 150), (7, 16, 0)]
+TYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
 @pytest.mark.parametrize(
-    ("rows", "channels", "live"),
+    ("rows", "channels", "live", "dtype"),
     [
-        (1, 16, 1),
-        (9, 16, 1),
-        (63, 24, 63),
-        (150, 112, 97),
-        (150, 192, 150),
-        (9000, 16, 4321),
-        (7, 16, 0),
+        *((*shape, dtype) for shape in NORMS for dtype in TYPES),
+        (9000, 16, 4321, torch.float32),  # more than one block of rows a share
     ],
 )
 def test_batch_norm_and_relu(rows: int, channels: int, live: int, dtype: torch.dtype) -> None:
@@ -408,19 +407,20 @@ def test_whole_network(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_close(found[1][name], wanted.double(), 1e-3)
 
 
-@pytest.mark.parametrize("n", [0, 1, 30, 70])
-def test_padded_maps_change_nothing(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Output, gradients and running statistics, with room for 70 points and rubbish behind n.
+@pytest.mark.parametrize(("n", "levels"), [(0, 3), (1, 3), (17, 3), (40, 2)])
+def test_padded_maps_change_nothing(n: int, levels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output, gradients and running statistics, with room for 40 points and rubbish behind n.
 
     The host never learns n, not even where it is 0 or 1: that is what a CUDA graph needs.
     """
     monkeypatch.setattr(reference, "segment_csr", None)  # a GPU sums points without it
     torch.manual_seed(0)
-    coords, room = cloud(max(n, 1), 5)[:n], 70
+    coords, room = cloud(max(n, 1), 5)[:n], 40
     padded = torch.cat([coords, torch.randint(-9, 9, (room - n, 4))]).to(DEVICE)
     count = torch.tensor(n, device=DEVICE)
-    plain, net = hash.HashPyramid(coords.to(DEVICE), 3), UNet3D(4, 3).to(DEVICE).train()
-    roomy, other = hash.HashPyramid(padded, 3, count), UNet3D(4, 3).to(DEVICE).train()
+    net, other = (UNet3D(4, levels).to(DEVICE).train() for _ in range(2))
+    plain = hash.HashPyramid(coords.to(DEVICE), levels)
+    roomy = hash.HashPyramid(padded, levels, count)
     other.load_state_dict(net.state_dict())
     for a, b in zip(plain.keys, roomy.keys, strict=True):
         assert torch.equal(a, b[: len(a)])
@@ -450,13 +450,13 @@ def test_padded_maps_change_nothing(n: int, monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_the_benchmark_captures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its padded copy gives the network's output and gradients; on a GPU its graph does."""
     monkeypatch.setenv("FTD_KERNELS", "triton")
-    coords, net = cloud(60).to(DEVICE), UNet3D(4, 3).to(DEVICE).train()
+    coords, net = cloud(20).to(DEVICE), UNet3D(4, 3).to(DEVICE).train()
     padded = speed.PaddedUNet(net, coords)
-    assert len(padded.coords) == 75
+    assert len(padded.coords) == 25
     whole, padded_whole = (
         speed.passes(model, call, half=False)
         for model, call in (
-            (net, lambda: net(torch.ones(60, 1, device=DEVICE), kernels.pyramid(coords, 3))),
+            (net, lambda: net(torch.ones(20, 1, device=DEVICE), kernels.pyramid(coords, 3))),
             (padded, padded),
         )
     )
@@ -499,8 +499,8 @@ def test_padded_maps_do_not_wait_for_the_host(monkeypatch: pytest.MonkeyPatch) -
     def refuse(*_: Any) -> None:
         raise AssertionError("a tensor is read by the host")
 
-    coords, net = cloud(40).to(DEVICE), UNet3D(4, 3).to(DEVICE).train()
-    feat, count = torch.ones(40, 1, device=DEVICE), torch.tensor(33, device=DEVICE)
+    coords, net = cloud(20).to(DEVICE), UNet3D(4, 3).to(DEVICE).train()
+    feat, count = torch.ones(20, 1, device=DEVICE), torch.tensor(15, device=DEVICE)
     net(
         feat, hash.HashPyramid(coords, 3, count)
     ).sum().backward()  # compiles, and fills what is kept
