@@ -11,7 +11,7 @@ import pytest
 from ftdpp.tests.commands import ftd, words
 from ftdpp.world import layouts
 
-STEPS = 2
+STEPS = 20
 
 
 @pytest.mark.parametrize("pair", layouts.PAIRS, ids="-".join)
@@ -23,7 +23,6 @@ def test_each_built_in_pair_trains(
     monkeypatch.setitem(layouts.DEFAULT_FRAMES, pair, counts)
     out = tmp_path / "run"
     options = ("--steps", STEPS, "--threads", 1, "--out", out, "--cache", tmp_path / "cache")
-    options += ("--set", "batch=2")
     result = ftd("train", "--src", pair[0], "--tgt", pair[1], *options)
     assert result.exit_code == 0, result.output
     assert "BUILT-IN STREET WORLD" in words(result)
@@ -34,6 +33,4 @@ def test_each_built_in_pair_trains(
     assert all(float(row["seg_2d"]) > 0 for row in rows), "the source's labels are met"
     with (out / "val.csv").open() as file:
         scores = list(csv.DictReader(file))
-    assert int(scores[-1]["iteration"]) == STEPS
-    classes = [scores[-1][name] for name in scores[-1] if name.startswith("2d ")]
-    assert sum(bool(iou) for iou in classes) > 1, "some classes are met"
+    assert float(scores[-1]["mIoU 2d"]) > 0, "some class is met"
