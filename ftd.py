@@ -911,6 +911,71 @@ def pseudo(
 
 @app.command()
 @guarded
+def predict(
+    run: RunPath,
+    out: Annotated[Path, typer.Option(help="Folder of the label files; has to be new or empty.")],
+    domain: Annotated[
+        str | None, typer.Option(help="Whose frames; default: the run's target.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Default: test, or val.")] = None,
+    data: Data = None,
+    data_version: Version = None,
+    frames: Frames = None,
+    checkpoint: Checkpoint = "best",
+    overlay: Overlay = None,
+    count: Count = None,
+    device: Device = None,
+    threads: Threads = None,
+    cache: Cache = None,
+) -> None:
+    """Label frames, which need no labels, and write them as the data set's benchmark takes them:
+    SemanticKITTI .label, nuScenes lidarseg .bin, Cityscapes PNG; npy for the others."""
+    from ftdpp import checkpoint as files
+    from ftdpp import inference, readers, runs, screen
+    from ftdpp.readers import plural
+
+    console = screen.messages()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise _fail(f"--out {out}: is there and not empty; name a new folder", USAGE)
+    _writable(out, folder=True)
+    if overlay is not None:
+        _writable(overlay, folder=True)
+    elif count is not None:
+        raise _fail("--count says how many pictures --overlay makes; add --overlay FOLDER", USAGE)
+    path = _checkpoint(run, checkpoint)
+    dev, dev_why = _device(device)
+    screen.facts(console, [("device", str(dev), dev_why), ("threads", *_threads(threads))])
+    system, meta = files.load(path, dev)
+    origin = _run_origin(run, domain, data, data_version, split, frames)
+    row = _known_domain("--domain", origin.domain)
+    splits = row.splits
+    split = split or next((name for name in ("test", "val") if name in splits), splits[0])
+    if origin.frames is None and split not in splits:
+        raise _fail(f"--split {split}: {origin.domain} has {', '.join(splits)}", USAGE)
+    part = None if origin.frames else split
+    refs = readers.list_frames(origin.root, row, part, origin.version, origin.frames)
+    if not refs:
+        raise readers.DataError(f"{origin.root}: no frame of {origin.domain} {split}")
+    with screen.bar(console) as tell:
+        done = inference.write_predictions(system, refs, split, out, dev, tell)
+    what = "pixels" if readers.reader_of(row).dense else "points that the camera sees"
+    title = runs.title(system.recipe, tuple(meta.get("given", ())))
+    console.print(
+        f"wrote {plural(len(refs), 'file')} of labels to {out}: {done:,} {what}, by the "
+        f"{system.heads[-1].upper()} head of {title}; everything else is marked as unlabelled",
+        soft_wrap=True,
+    )
+    if overlay is not None:
+        with screen.bar(console) as tell:
+            index = origin.index(split, system.recipe, _cache(cache)[0], tell)
+        chosen = range(min(count or 4, len(index)))
+        found = inference.predict_frames(system, index, chosen, dev)
+        what = f"{title}, {system.heads[-1].upper()}, {path.name}, iteration {meta['iteration']}"
+        _overlays(overlay, index, chosen, found, system.recipe, what, console)
+
+
+@app.command()
+@guarded
 def convert(
     net_2d: Annotated[Path, typer.Option("--2d", help="Released .pth of the 2D network.")],
     net_3d: Annotated[Path, typer.Option("--3d", help="Released .pth of the 3D network.")],

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -302,7 +302,7 @@ def original_frames(index: Index, frames: Sequence[int]) -> Iterator[Frame]:
     reader, size = reader_of(domain), identity["size"]
     for i, token in zip(frames, tokens, strict=True):
         table = class_table(reader, identity["classes"], reader.categories(refs[token]))
-        frame, _ = _prepare_frame(refs[token], table, None)
+        frame = read_frame(refs[token], table, None).frame
         stored, label = index.frame(i), frame.label
         if frame.xyz is None and size is not None:
             label = label[_nearest(label.shape, size)]
@@ -334,8 +334,23 @@ def resized(
     return np.asarray(image), pixel.astype(np.int16)
 
 
-def _prepare_frame(ref: FrameRef, table: Array, size: tuple[int, int] | None) -> tuple[Frame, int]:
-    """Read a frame and project its points. Also returns how many non-finite ones were dropped."""
+class FromDisk(NamedTuple):
+    """A frame, and what it is of the points on disk."""
+
+    frame: Frame
+    kept: Array  # (n,) i64, which of the points are the frame's rows; empty where these are pixels
+    points: int
+    dropped: int  # points that are not finite
+
+
+def read_frame(ref: FrameRef, table: Array, size: tuple[int, int] | None) -> FromDisk:
+    """Read a frame and project its points.
+
+    Args:
+        table: of `data.class_table`. size: (H, W) of the image; None: its own.
+    Raises:
+        DataError: a file is missing, damaged, or does not fit the others.
+    """
     reader = READERS[ref.reader]
     raw = reader.read(ref)
     found = (raw.image.height, raw.image.width)
@@ -365,7 +380,7 @@ def _prepare_frame(ref: FrameRef, table: Array, size: tuple[int, int] | None) ->
             "download both again"
         )
     if raw.points is None:
-        return _dense_frame(ref, raw, table, size), 0
+        return FromDisk(_dense_frame(ref, raw, table, size), np.zeros(0, np.int64), 0, 0)
 
     finite = np.isfinite(raw.points[:, :3]).all(1)
     dropped, points = int((~finite).sum()), raw.points[finite]
@@ -390,7 +405,7 @@ def _prepare_frame(ref: FrameRef, table: Array, size: tuple[int, int] | None) ->
         pixel=pixel,
         depth=depth.astype(np.float32),
     )
-    return frame, dropped
+    return FromDisk(frame, np.flatnonzero(finite)[rows], len(finite), dropped)
 
 
 def _dense_frame(ref: FrameRef, raw: RawFrame, table: Array, size: tuple[int, int] | None) -> Frame:
@@ -566,7 +581,7 @@ def _write(
         for start in range(len(records), len(refs), CHUNK):
             tell(start, len(refs), f"preparing {what}")
             chunk = refs[start : start + CHUNK]
-            for frame, dropped in pool.map(lambda ref: _prepare_frame(ref, table, size), chunk):
+            for frame, _, _, dropped in pool.map(lambda ref: read_frame(ref, table, size), chunk):
                 if frame.rows:
                     for name, file in files.items():
                         if (array := getattr(frame, name)) is not None:

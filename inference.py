@@ -1,18 +1,22 @@
-"""Predictions: of the frames of an index, for pictures, and of one frame of a user's own."""
+"""Predictions: of frames, for pictures and as files of labels; and of one frame of a user's own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
-from ftdpp.data import UNLABELLED, Frame, collate, sample
+from ftdpp.data import UNLABELLED, Frame, class_table, collate, sample
 from ftdpp.evaluate import batches_of
-from ftdpp.index import Index, resized
-from ftdpp.readers import inside_image
+from ftdpp.files import Progress, replacing
+from ftdpp.index import Index, read_frame, resized
+from ftdpp.readers import READERS, DataError, FrameRef, inside_image
 
 
 def predict_frames(
@@ -26,6 +30,72 @@ def predict_frames(
         label = np.full(index.frame(i).rows, UNLABELLED, np.uint8)
         label[batch.keep[0].numpy()] = found.cpu().numpy()
         yield label
+
+
+@torch.no_grad()
+def label_frame(system: Any, ref: FrameRef, device: torch.device | str = "cpu") -> np.ndarray:
+    """Classes of everything that a frame has on disk, by the last head; 255 = not predicted.
+
+    Its labels are not read. Points that the camera does not see are not predicted.
+
+    Returns:
+        (M,) u8 of the points; or, of a dense data set, (H, W) u8 at the photo's size.
+    Raises:
+        DataError: a file is missing or damaged.
+    """
+    r, head = system.recipe, system.heads[-1]
+    unread = np.full(256, UNLABELLED, np.uint8)
+    size = r.image_size(READERS[ref.reader].aspect)
+    frame, kept, points, _ = read_frame(replace(ref, label_path=None), unread, size)
+    taken = sample(frame, None, 0, np.random.default_rng(0), r.voxels_per_metre)
+    batch = collate([taken]).to(device)
+    found = system.predict(batch)[head]
+    if frame.xyz is None:
+        with Image.open(ref.image_path) as photo:
+            shape = photo.height, photo.width
+        image = found.t().view(1, -1, *batch.image.shape[-2:])
+        enlarged = F.interpolate(image, shape, mode="bilinear")
+        return enlarged.argmax(1)[0].to(torch.uint8).cpu().numpy()
+    label = np.full(points, UNLABELLED, np.uint8)
+    label[kept[taken.keep.numpy()]] = found.argmax(1).cpu().numpy()
+    return label
+
+
+def write_predictions(
+    system: Any,
+    refs: Sequence[FrameRef],
+    split: str,
+    folder: Path,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> int:
+    """Label frames and write the files that their benchmark takes, below `folder`.
+
+    Returns:
+        how many points or pixels were labelled.
+    Raises:
+        DataError: a frame cannot be read, or its name leads out of the folder.
+    """
+    reader, classes = READERS[refs[0].reader], system.recipe.classes
+    class_table(reader, classes, {})  # refuses a class set that the reader does not have
+    system.eval()
+    count = 0
+    for done, ref in enumerate(refs):
+        if progress:
+            progress(done, len(refs), "predicting")
+        place = reader.prediction_path(ref, split)
+        if place.is_absolute() or ".." in place.parts or "\0" in str(place):
+            raise DataError(f"{ref.image_path}: its frame is called {ref.token!r}, no file name")
+        named = sorted(reader.categories(ref).items(), reverse=True)
+        raw = {name: number for number, name in named}
+        ids = [raw.get(names.split(", ")[0], 0) for names in reader.classes[classes]]
+        label = label_frame(system, ref, device)
+        with replacing(folder / place) as temporary:
+            reader.write_prediction(temporary, label, np.array(ids))
+        count += int((label != UNLABELLED).sum())
+    if progress:
+        progress(len(refs), len(refs), "predicting")
+    return count
 
 
 @torch.no_grad()

@@ -69,6 +69,7 @@ class FrameRef:
     image_size: tuple[int, int] | None = None  # (H, W) where the data set states it
     calib: Calib | None = None
     categories: tuple[tuple[int, str], ...] = ()  # raw id, raw name: where the ids are data, too
+    stem: str = ""  # of its label file, where that is not named after the token
 
     @property
     def files(self) -> list[Path]:
@@ -129,6 +130,22 @@ class Reader(ABC):
     @abstractmethod
     def categories(self, ref: FrameRef) -> Mapping[int, str]:
         """Raw label id -> raw name."""
+
+    def prediction_path(self, ref: FrameRef, split: str) -> Path:
+        """Where a benchmark looks for the labels of a frame, below the folder of predictions."""
+        return Path(f"{ref.token}.npy")
+
+    def write_prediction(self, path: Path, label: Array, ids: Array) -> None:
+        """Write predicted classes as the data set's benchmark takes them.
+
+        Here, for a data set without a benchmark: npy, u8, the classes as they are.
+
+        Args:
+            label: (M,) u8 of all points on disk, or (H, W) of all pixels; 255 = not predicted.
+            ids: (K,) i64, of each class the smallest raw id of its first raw name.
+        """
+        with path.open("wb") as file:  # np.save would add a suffix
+            np.save(file, label)
 
     def version(self, root: Path, version: str | None) -> str | None:
         """The version that is read where `version` is asked for; None: there are no versions."""
@@ -219,6 +236,13 @@ def make_calib(path: Path, steps: Iterable[tuple[Any, Any, bool]], camera: Any) 
             "restore the original file"
         )
     return calib
+
+
+def raw_labels(label: Array, ids: Array) -> Array:
+    """Classes u8, 255 = not predicted, as raw ids i64; 0, which all benchmarks ignore, for none."""
+    table = np.zeros(256, np.int64)
+    table[: len(ids)] = ids
+    return table[label]
 
 
 def plural(count: int, noun: str) -> str:

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+from PIL import Image
 
-from ftdpp.readers.base import Array, DataError, Domain, FrameRef, RawFrame, read_image
+from ftdpp.readers.base import Array, DataError, Domain, FrameRef, RawFrame, raw_labels, read_image
 from ftdpp.readers.dense import DenseReader, read_16_bits, read_ids, require_known, require_size
 
 # Licence plates have the id -1 and are in no label image.
@@ -107,6 +108,13 @@ class Cityscapes(DenseReader):
 
     def categories(self, ref: FrameRef) -> Mapping[int, str]:
         return RAW_NAMES
+
+    def prediction_path(self, ref: FrameRef, split: str) -> Path:
+        return Path(split, ref.scene, f"{ref.token}_gtFine_labelIds.png")
+
+    def write_prediction(self, path: Path, label: Array, ids: Array) -> None:
+        """A PNG of label ids in 8 bits, at the size of the photo."""
+        Image.fromarray(raw_labels(label, ids).astype(np.uint8)).save(path, "PNG")
 
     def tables(self, root: Path, version: str | None, refs: Sequence[FrameRef]) -> list[Path]:
         return sorted(_camera_path(ref.depth_path) for ref in refs if ref.depth_path is not None)

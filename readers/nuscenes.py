@@ -25,6 +25,7 @@ from ftdpp.readers.base import (
     ids,
     inside_image,
     make_calib,
+    raw_labels,
     read_array,
     read_image,
     rotation,
@@ -166,6 +167,14 @@ class NuScenes(Reader):
 
     def categories(self, ref: FrameRef) -> Mapping[int, str]:
         return dict(ref.categories)
+
+    def prediction_path(self, ref: FrameRef, split: str) -> Path:
+        return Path("lidarseg", split, f"{ref.stem}_lidarseg.bin")
+
+    def write_prediction(self, path: Path, label: Array, ids: Array) -> None:
+        """u8, classes from 1 on, 0 where nothing was predicted: with nuscenes16 the ids of the
+        lidarseg challenge."""
+        raw_labels(label, np.arange(1, len(ids) + 1)).astype(np.uint8).tofile(path)
 
     def version(self, root: Path, version: str | None) -> str | None:
         return _directory(root, version).name
@@ -329,6 +338,7 @@ def _join_tables(root: Path, directory: Path) -> list[tuple[FrameRef, str, str]]
                 sensors[camera["calibrated_sensor_token"]]["camera_intrinsic"],
             ),
             categories=categories,
+            stem=lidar["token"],
         )
         frames.append((ref, location[scene["log_token"]], scene["description"]))
     return frames

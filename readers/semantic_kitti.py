@@ -25,6 +25,7 @@ from ftdpp.readers.base import (
     ids,
     inside_image,
     make_calib,
+    raw_labels,
     read_array,
     read_image,
 )
@@ -174,6 +175,14 @@ class SemanticKitti(Reader):
 
     def categories(self, ref: FrameRef) -> Mapping[int, str]:
         return _RAW_NAMES
+
+    def prediction_path(self, ref: FrameRef, split: str) -> Path:
+        sequence, _, frame = ref.token.partition("/")
+        return Path("sequences", sequence, "predictions", f"{frame}.label")
+
+    def write_prediction(self, path: Path, label: Array, ids: Array) -> None:
+        """u32 raw ids, as the benchmark's server takes them."""
+        raw_labels(label, ids).astype("<u4").tofile(path)
 
     def tables(self, root: Path, version: str | None, refs: Sequence[FrameRef]) -> list[Path]:
         return sorted({ref.image_path.parents[1] / "calib.txt" for ref in refs})

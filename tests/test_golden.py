@@ -650,7 +650,7 @@ def test_projection(dataset: str) -> None:
                 assert raw.labels is not None
                 assert np.array_equal(raw.labels[kept], golden[f"{key}.raw_label"].numpy())
             size = (225, 400) if dataset == "nuscenes" else None
-            frame, _ = index._prepare_frame(ref, np.zeros(65536, np.uint8), size)
+            frame = index.read_frame(ref, np.zeros(65536, np.uint8), size).frame
             s = data.sample(frame, None, 0, np.random.default_rng(0))
             assert torch.equal(s.coords, golden[f"{key}.coords_test"])
             if size:

@@ -207,7 +207,7 @@ def test_killed_prepare_goes_on(root: Path, tail: bytes, monkeypatch: pytest.Mon
     whole = build(root, cache=root.parent / "whole", split=None)
     monkeypatch.setattr(indexes, "CHUNK", 2)
     done: list[str] = []
-    original = indexes._prepare_frame
+    original = indexes.read_frame
 
     def killed(ref: FrameRef, *rest: Any) -> Any:
         if ref.token == "frame-1044" and not resumed:
@@ -216,7 +216,7 @@ def test_killed_prepare_goes_on(root: Path, tail: bytes, monkeypatch: pytest.Mon
         return original(ref, *rest)
 
     resumed = False
-    monkeypatch.setattr(indexes, "_prepare_frame", killed)
+    monkeypatch.setattr(indexes, "read_frame", killed)
     with pytest.raises(KeyboardInterrupt):
         build(root, split=None)
     (partial,) = (root.parent / "cache").glob("*.partial")
