@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ftdpp import checkpoint, results, runs, screen, systems
+from ftdpp import checkpoint, machine, results, runs, screen, systems
 from ftdpp.checkpoint import RunError
 from ftdpp.evaluate import evaluate, write_pseudo_labels
 from ftdpp.files import Progress, claimed
 from ftdpp.index import Index, require_labels
+from ftdpp.kernels import KernelError
 from ftdpp.readers import DataError, domains, plural
 from ftdpp.recipe import RecipeError, given_names, settings, settings_of
 from ftdpp.runs import Places
@@ -38,7 +39,7 @@ class Job(NamedTuple):
     seed: int
     out: Path
     recipe: Any
-    given: tuple[str, ...]  # the user's settings that this method reads
+    given: tuple[str, ...]  # the user's settings that it or its source model reads
     source: Path | None = None  # the run that a method without source data starts from
     first: Path | None = None  # the run that a second stage takes its pseudo-labels from
 
@@ -78,11 +79,17 @@ LISTS = {
 
 
 def listed(methods: str | None, scenario: str) -> str:
-    """The methods of a scenario: a list's where one is named, the usual ones where none is."""
+    """The methods of a scenario: lists by their methods, the usual ones where none is named."""
     if methods is None:
         dense = systems.is_dense(scenario)
         return "source-only,target-only" if dense else "source-only,ftdpp"
-    return LISTS.get(methods + ("-ssda" if scenario.endswith("-ssda") else ""), methods)
+    form = "-ssda" if scenario.endswith("-ssda") else ""
+    return ",".join(LISTS.get(name + form, name) for name in _names(methods))
+
+
+def _names(methods: str) -> list[str]:
+    """Between commas that are in no brackets."""
+    return [name.strip() for name in re.split(r",(?![^\[]*\])", methods)]
 
 
 class _Named(NamedTuple):
@@ -91,6 +98,7 @@ class _Named(NamedTuple):
     method: str
     own: tuple[str, ...]  # settings in brackets
     second: bool  # stage
+    first: tuple[str, ...] = ()  # settings in brackets of a second stage's first
 
 
 def plan(
@@ -139,7 +147,7 @@ def plan(
 def _named(methods: str, scenario: str) -> list[_Named]:
     """The methods of a list, each behind what it needs."""
     named: list[_Named] = []
-    for text in re.split(r",(?![^\[]*\])", methods):  # commas that are in no brackets
+    for text in _names(methods):
         found = re.fullmatch(r"([^\[\]+]+)(\+pl)?(?:\[([^\[\]]+)\])?", text)
         if not found:
             raise RecipeError(
@@ -155,12 +163,13 @@ def _named(methods: str, scenario: str) -> list[_Named]:
             if scenario.endswith("-ssda"):
                 raise RecipeError(f"{method} has no semi-supervised form; drop --ssda")
             named.append(_Named(SOURCE_MODEL, (), False))
+        first: tuple[str, ...] = ()
         if second:  # the first stage does not read what is about pseudo-labels
             systems.recipe(scenario, method, "small", True, own)
             unread = systems.recipe(scenario, method, "small").lacking()
             first = tuple(part for part in own if part.partition("=")[0] not in unread)
             named.append(_Named(method, first, False))
-        named.append(_Named(method, own, second))
+        named.append(_Named(method, own, second, first))
     return list(dict.fromkeys(named))
 
 
@@ -192,8 +201,9 @@ def _plan_one(
     for method in {row.method for row in named} & systems.METHODS.keys():
         everywhere |= settings(systems.system_of(method, scenario).Recipe).keys()
     jobs: list[Job] = []
+    firsts: dict[tuple[str, tuple[str, ...]], Path] = {}  # what is no second stage, by its name
     model: Job | None = None
-    for method, own, second in named:
+    for method, own, second, needed in named:
         source = model if systems.is_source_free(method) else None
         theirs = source.recipe if source is not None else None
         base = systems.recipe(scenario, method, preset, second, (), theirs)
@@ -207,9 +217,11 @@ def _plan_one(
         given = settings_of(r, base, given_names(mine))
         listed = given if source is None else runs.names_source(r, given, source.given)
         start = source.out if source is not None else None
-        first = jobs[-1].out if second else None  # `_named` puts it there
+        first = firsts[method, needed] if second else None
         folder = out / runs.run_name(r, listed, seed)
-        jobs.append(Job(seed, folder, r, given, start, first))
+        jobs.append(Job(seed, folder, r, listed, start, first))
+        if not second:
+            firsts[method, own] = folder
         if method == SOURCE_MODEL and not own:
             model = jobs[-1]
     return jobs
@@ -218,7 +230,7 @@ def _plan_one(
 # ---- the work ----------------------------------------------------------------------------------
 
 # What may happen to one run while the others go on.
-EXPECTED = (RunError, DataError, NonFiniteLoss, MemoryError, torch.OutOfMemoryError)
+EXPECTED = (RunError, DataError, NonFiniteLoss, KernelError, MemoryError, torch.OutOfMemoryError)
 
 
 @dataclass
@@ -230,6 +242,7 @@ class Comparison:
     device: torch.device
     threads: int  # of one run
     pretrained: dict[str, Tensor] | None = None
+    workers: int | None = None  # data loading processes of one run; None: as many as fit
     failed: dict[Path, Exception] = field(default_factory=dict)  # by folder
 
     def split(self, job: Job) -> str:
@@ -256,6 +269,7 @@ class Comparison:
             self.places_of(job),
             pseudo=pseudo,
             device=self.device,
+            workers=self.workers,
             pretrained=self.pretrained if job.source is None else None,
             source=source,
             given=job.given,
@@ -300,17 +314,32 @@ class Comparison:
         return places.origins["tgt"].index(self.split(job), job.recipe, places.cache, progress)
 
     def _labels(self, job: Job, progress: Progress) -> Path | None:
-        """The pseudo-labels of a second stage, made from its first stage's last checkpoint."""
-        if job.pseudo is not None and not job.pseudo.exists():
-            assert job.first is not None
-            system, meta = checkpoint.load(job.first / "last.safetensors", self.device)
-            streams = systems.system_of(job.recipe.method, job.recipe.scenario).streams(job.recipe)
-            split = streams[runs.taught_stream(job.recipe)].split
-            places = self.places[job.recipe.scenario]
-            index = places.origins["tgt"].index(split, job.recipe, places.cache, progress)
-            origin = f"last.safetensors, iteration {meta['iteration']}"
-            write_pseudo_labels(job.pseudo, system, index, origin, self.device, progress)
-        return job.pseudo
+        """The pseudo-labels of a second stage, made from its first stage's last checkpoint.
+
+        Raises:
+            RunError: those that are there were made by another network.
+        """
+        if job.first is None:
+            return None
+        last = job.first / "last.safetensors"
+        system, meta = checkpoint.load(last, self.device)
+        found = job.pseudo
+        assert found is not None
+        if found.exists():
+            theirs = checkpoint.read_metadata(found).get("weights")
+            if theirs not in (None, checkpoint.digest(system.state_dict())):
+                raise RunError(
+                    f"{found}: not made by {last}; remove {job.out}, or use another --out"
+                )
+            return found
+        streams = systems.system_of(job.recipe.method, job.recipe.scenario).streams(job.recipe)
+        split = streams[runs.taught_stream(job.recipe)].split
+        places = self.places[job.recipe.scenario]
+        index = places.origins["tgt"].index(split, job.recipe, places.cache, progress)
+        origin = f"last.safetensors, iteration {meta['iteration']}"
+        own = job.out / "pseudo.safetensors"
+        write_pseudo_labels(own, system, index, origin, self.device, progress)
+        return own
 
     def _train(self, run: Run, job: Job, display: Any) -> None:
         """Train a run to its end; one that was begun, with as many threads as it was begun with."""
@@ -335,18 +364,53 @@ class Comparison:
         return f"{where}{job.title}, seed {job.seed}"
 
     def finish(self, job: Job, display: Any) -> results.Row:
-        """Train what is not trained yet of a job, and its best checkpoint's row on test."""
-        progress = display.tell
+        """Train what is not trained yet of a job, and its best checkpoint's row on test.
+
+        A row that the run's folder holds is taken, if it is of this checkpoint and this data.
+        """
+        progress, test = display.tell, self._test(job, display.tell)
+        if (done := self._row(job, test)) is not None:
+            return done
         run, _ = self.open(job, self._labels(job, progress), progress)
         if run.iteration < run.recipe.steps or run.owed:
             self._train(run, job, display)
+        weights = results.weights_of(job.out)
         system, meta = checkpoint.load(run.best_path, self.device)
         origin = f"best.safetensors, iteration {meta['iteration']}"
-        score = evaluate(system, self._test(job, progress), origin, self.device, progress)
-        r = job.recipe
-        row = results.row_of(score, r.scenario, r.method, job.title, job.seed)
+        score = evaluate(system, test, origin, self.device, progress)
+        row = results.row_of(score, meta, job.title, test, weights)
         results.keep(job.out, row)
         return row
+
+    def _row(self, job: Job, test: Index) -> results.Row | None:
+        """The row of a run that is at its end, where its folder holds it."""
+        last = job.out / "last.safetensors"
+        if not last.exists():
+            return None
+        meta = checkpoint.read_metadata(last)
+        if meta["iteration"] < job.recipe.steps or meta["validation_owed"]:
+            return None
+        try:
+            row = results.of_run(job.out, self.split(job))
+        except RunError:
+            return None
+        return row if row.get("data") == test.fingerprint["content"] else None
+
+    def attempt(self, job: Job, display: Any) -> results.Row | Exception:
+        """The row of a job, or why there is none; what nobody foresaw is raised."""
+        try:
+            self.require(job)
+            return self.finish(job, display)
+        except EXPECTED as error:
+            return error
+        except BrokenPipeError:  # the reader of the output is gone
+            raise
+        except OSError as error:
+            return RunError(f"{error.filename or 'a file'}: {error.strerror or error}")
+        except RuntimeError as error:
+            if "can't allocate memory" not in str(error):  # how torch reports it on a CPU
+                raise
+            return MemoryError(str(error).splitlines()[0])
 
     def run(self, display: Any) -> list[results.Row]:
         """All jobs, one after another. What fails is kept in `failed`, and the others go on.
@@ -358,11 +422,11 @@ class Comparison:
         """
         rows = []
         for job in self.jobs:
-            try:
-                self.require(job)
-                rows.append(self.finish(job, display))
-            except EXPECTED as error:
-                self.failed[job.out] = error
+            found = self.attempt(job, display)
+            if isinstance(found, Exception):
+                self.failed[job.out] = found
+            else:
+                rows.append(found)
         return rows
 
     def require(self, job: Job) -> None:
@@ -389,26 +453,32 @@ class Comparison:
         def stop(signum: int, frame: Any) -> None:
             nonlocal stopped
             stopped = True
-            waiting.clear()
-            for _, process in running.values():
+            for _, process in list(running.values()):
                 process.terminate()
 
         before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            while waiting or running:
+            while running or (waiting and not stopped):
                 for job in self._ready(waiting, running)[: count - len(running)]:
+                    if stopped:
+                        break
                     waiting.remove(job)
                     here, there = context.Pipe(duplex=False)
-                    process: BaseProcess = context.Process(target=_work, args=(self, job, there))
+                    work = self, job, len(running), there
+                    process: BaseProcess = context.Process(target=_work, args=work)
                     process.start()
                     there.close()
                     running[here] = job, process
+                    if stopped:  # while it was started
+                        process.terminate()
+                if not running:  # the rest needed what has failed
+                    continue
                 for ready in wait(list(running)):
                     assert isinstance(ready, Connection)
                     job, process = running[ready]
                     try:
                         what, *parts = ready.recv()
-                    except EOFError:
+                    except (EOFError, OSError):  # ended, or killed in the middle of a message
                         process.join()
                         del running[ready]
                         if job.out not in rows and job.out not in self.failed:
@@ -428,8 +498,10 @@ class Comparison:
                 signal.signal(s, handler)
             for _, process in running.values():
                 process.terminate()
+        lost = [str(p) for p, e in self.failed.items() if not isinstance(e, Interrupted)]
         if stopped:
-            raise Interrupted("interrupted; every run has saved; the same command goes on")
+            state = f"{', '.join(lost)} ended without it" if lost else "nothing is lost"
+            raise Interrupted(f"interrupted, runs were saved ({state}); the same command goes on")
         return [rows[job.out] for job in self.jobs if job.out in rows]
 
     def _ready(
@@ -451,9 +523,8 @@ class Comparison:
             kind = type(next(iter(self.failed.values())))
             lines = "; ".join(f"{path}: {error}" for path, error in self.failed.items())
             failed = plural(len(self.failed), "run")
-            raise kind(
-                f"{failed} of {len(self.jobs)} failed (run the same command to go on): {lines}"
-            )
+            again = "the same command tries them again"
+            raise kind(f"{failed} of {len(self.jobs)} failed ({again}): {lines}")
 
 
 class _Remote:
@@ -478,12 +549,21 @@ class _Remote:
         self._send("tell", done, total, what, self.name)
 
 
-def _work(comparison: Comparison, job: Job, connection: Connection) -> None:
-    """What a process of its own does: one job, told to the parent."""
+def _work(comparison: Comparison, job: Job, place: int, connection: Connection) -> None:
+    """What a process of its own does: one job, told to the parent.
+
+    Args:
+        place: among those that run at once; they take the GPUs in turn.
+    """
     os.setpgrp()  # Ctrl-C reaches the parent, which stops this process once
+    if comparison.device.type == "cuda" and comparison.device.index is None:
+        comparison.device = torch.device("cuda", place % torch.cuda.device_count())
+    machine.use(comparison.device)
     torch.set_num_threads(comparison.threads)
+    remote = _Remote(connection, comparison.name(job))
     try:
-        row = comparison.finish(job, _Remote(connection, comparison.name(job)))
-        connection.send(("row", row))
-    except (*EXPECTED, Interrupted) as error:
-        connection.send(("failed", type(error)(*error.args)))
+        found = comparison.attempt(job, remote)
+    except Interrupted as error:
+        found = error
+    failed = isinstance(found, Exception)
+    connection.send(("failed", type(found)(*found.args)) if failed else ("row", found))

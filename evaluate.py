@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from ftdpp.checkpoint import FORMAT, RunError, read_metadata, save
+from ftdpp.checkpoint import FORMAT, RunError, digest, read_metadata, save
 from ftdpp.data import CLASS_SETS, IGNORE, UNLABELLED, Batch, Frame, collate, sample
 from ftdpp.files import Progress
 from ftdpp.index import Index, original_frames, require_labels
@@ -242,6 +241,7 @@ def write_pseudo_labels(
         **stage_identity(r),
         "class_names": CLASS_SETS[r.classes],
         "checkpoint": checkpoint,
+        "weights": digest(system.state_dict()),
         "content": index.fingerprint["content"],
         "frames": len(index),
         **made_from(index),
@@ -262,10 +262,7 @@ def write_pseudo_labels(
     empty = [head for head in heads if not sum(meta["kept"][head])]
     if empty:
         raise RunError(f"no pseudo-label of {', '.join(empty)} was kept: nothing written")
-    digest = hashlib.sha256()
-    for key in sorted(tensors):
-        digest.update(tensors[key].numpy().tobytes())
-    meta["labels"] = digest.hexdigest()
+    meta["labels"] = digest(tensors)
     save(path, tensors, meta)
     return meta
 

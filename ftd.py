@@ -192,19 +192,20 @@ def _cache(cache: Path | None) -> tuple[Path, str]:
 def _device(name: str | None) -> tuple[Any, str]:
     import torch
 
+    from ftdpp import machine, parallel
+
     found = torch.cuda.is_available()
     why = "--device" if name else "a GPU is present" if found else "no GPU is present"
     try:
         device = torch.device(name or ("cuda" if found else "cpu"))
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("only cpu and cuda are supported")
-        torch.empty(1, device=device)
+        torch.empty(1, device="cpu" if parallel.asked_for() > 1 else device)
     except (RuntimeError, AssertionError) as error:
         raise _fail(f"--device {name}: {str(error).splitlines()[0]}; use cpu", USAGE) from None
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # tf32 products, as cuDNN's convolutions use
-        if device.index is not None:
-            torch.cuda.set_device(device)  # Triton launches on the current one
+    if device.type == "cuda" and parallel.asked_for() > 1:
+        device = parallel.own_gpu()
+    machine.use(device)
     return device, why
 
 
@@ -437,7 +438,7 @@ def train(
         _resume(context, resume, device, workers, threads, cache, tensorboard)
         return
     dev, dev_why = _device(device)
-    dev = context.with_resource(parallel.joined(dev))
+    context.with_resource(parallel.joined(dev))
     source = None
     if from_ is not None:
         if tgt is None:
@@ -547,7 +548,7 @@ def train(
             workers=workers,
             pretrained=weights,
             source=source.network if source is not None else None,
-            given=given,
+            given=named,
             progress=tell,
         )
     method_fact = (
@@ -601,7 +602,7 @@ def _resume(
         )
     r = checkpoint.stored_recipe(meta, last)
     dev, dev_why = _device(device)
-    dev = context.with_resource(parallel.joined(dev))
+    context.with_resource(parallel.joined(dev))
     places = runs.recorded_places(record)
     place_why = "as the run began"
     if cache is not None:
@@ -794,6 +795,8 @@ def evaluate(
     path = _checkpoint(run, checkpoint)
     dev, dev_why = _device(device)
     screen.facts(console, [("device", str(dev), dev_why), ("threads", *_threads(threads))])
+    own = run.is_dir() and checkpoint == "best" and path.exists()
+    before = results.weights_of(run) if own else ""  # of what is read next
     system, meta = files.load(path, dev)
     origin = _run_origin(run, domain, data, data_version, split, frames)
     r = system.recipe
@@ -811,14 +814,17 @@ def evaluate(
     with screen.bar(console) as tell:
         index = origin.index(split, r, _cache(cache)[0], tell)
         score = protocol.evaluate(system, index, weights, dev, tell)
-    row = results.row_of(score, r.scenario, r.method, title, meta.get("seed") or 0)
-    own = r.scenario.removesuffix("-ssda").split("-")[1] == origin.domain
-    if run.is_dir() and checkpoint == "best" and own and origin.frames is None:
-        results.keep(run, row)  # for `ftd table`
+    row = results.row_of(score, meta, title, index, before)
     if as_json:
         print(json.dumps({**row, "given": meta.get("given", [])}))
     else:
         screen.show(screen.output(), screen.score_table(score, title))
+    if before and origin.frames is None and runs.is_target(run, origin):
+        try:
+            results.keep(run, row)  # for `ftd table`
+        except OSError as error:
+            note = f"{run}: its figures are not kept there ({error.strerror})"
+            console.print(note, soft_wrap=True)
     if overlay is not None:
         chosen = range(min(count or 4, len(index)))
         labels = inference.predict_frames(system, index, chosen, dev)
@@ -1080,6 +1086,7 @@ def compare(
     from ftdpp import compare as comparison
     from ftdpp import kernels, machine, runs, screen
     from ftdpp import results as figures
+    from ftdpp.readers import plural
 
     console = screen.messages()
     pairs = _pairs(src, tgt)
@@ -1105,9 +1112,12 @@ def compare(
     built_in = [_known_roots(*pair, roots) for pair in pairs][-1]  # each is looked at
     folder, folder_why = _cache(cache)
     thread_choice = _threads(threads)
-    if threads is None and jobs > 1:
-        count = max(1, int(thread_choice[0]) // jobs)
-        thread_choice = _threads(count)[0], f"a run: {thread_choice[0]} free, by --jobs {jobs}"
+    jobs, workers = min(jobs, len(planned)), None
+    if jobs > 1:
+        cores = machine.allowed_cores()
+        workers = min(8, cores // (2 * jobs)) if cores > 4 * jobs else 0
+        if threads is None and dev.type == "cpu":
+            thread_choice = _threads(1)[0], f"one a run, of {jobs} at once"
     places = {}
     for scenario, pair in zip(plans, pairs, strict=True):
         if built_in:
@@ -1117,7 +1127,7 @@ def compare(
         sides = {"src": (pair[0], where[0]), "tgt": (pair[1], where[1]), "val": (pair[1], where[1])}
         origins = {side: runs.Origin(*place, data_version) for side, place in sides.items()}
         places[scenario] = runs.Places(origins, folder, built_in)
-    work = comparison.Comparison(planned, places, dev, int(thread_choice[0]), weights)
+    work = comparison.Comparison(planned, places, dev, int(thread_choice[0]), weights, workers)
     with screen.bar(console) as tell:
         left, facts = work.prepare(tell)
     choices = {
@@ -1132,11 +1142,13 @@ def compare(
     _print_choices(console, choices, [_weights_fact(pretrained), *facts])
     with screen.Display(console, left, several=jobs > 1) as display:
         rows = work.run(display) if jobs == 1 else work.run_parallel(jobs, display)
-    for table in figures.tables(rows):
-        screen.show(screen.output(), screen.results_table(table))
-    here = f"{machine.describe(dev)}, {thread_choice[0]} thread(s) a run, {jobs} at a time"
-    figures.write(results, rows, _typed(context), here, preset)
-    console.print(f"every number: {results}", soft_wrap=True)
+    if rows:
+        for table in figures.tables(rows):
+            screen.show(screen.output(), screen.results_table(table))
+        threads_used = plural(int(thread_choice[0]), "thread")
+        here = f"{machine.describe(dev)}, {threads_used} a run, {plural(jobs, 'run')} at a time"
+        figures.write(results, rows, _typed(context), here, preset, runs.git_hash())
+        console.print(f"every number: {results}", soft_wrap=True)
     work.report()
 
 
@@ -1146,10 +1158,10 @@ def _pairs(src: str, tgt: str) -> list[tuple[str, str]]:
     for option, names in (("--src", sources), ("--tgt", targets)):
         for name in names:
             _known_domain(option, name)
-    if len(sources) != len(targets):
+    if len(sources) != len(targets) or len(set(zip(sources, targets, strict=True))) < len(sources):
         raise _fail(
             f"--src {src}, --tgt {tgt}: {len(sources)} and {len(targets)} domains; name a target "
-            "for each source, in the same order",
+            "for each source, in the same order, and each pair once",
             USAGE,
         )
     return list(zip(sources, targets, strict=True))
@@ -1201,10 +1213,9 @@ def table(
         raise _fail("--head chooses whose classes are shown; add --classes", USAGE)
     rows = results.collect(places, split)
     if not rows:
-        raise _fail(f"no figure of the split {split}; evaluate the runs on it first", FAILED)
-    if classes and head is None:
-        head = list(rows[0]["miou"])[-1]
-    made = results.tables(rows, head)
+        what = f"no figure of the split {split}" if split else "no figure in these files"
+        raise _fail(f"{what}; evaluate the runs first: ftd eval RUN", FAILED)
+    made = results.tables(rows, classes, head)
     if form is Format.csv:
         print(results.as_csv(made), end="")
     for one in made if form is not Format.csv else []:

@@ -57,6 +57,14 @@ def free_threads(
     return max(int(free), 1), words
 
 
+def use(device: torch.device) -> None:
+    """Compute on a device from now on, in this process."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # tf32 products, as cuDNN's convolutions use
+        if device.index is not None:
+            torch.cuda.set_device(device)  # Triton launches on the current one
+
+
 def allowed_cores() -> int:
     """How many cores this process may run on."""
     if hasattr(os, "sched_getaffinity"):

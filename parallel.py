@@ -24,18 +24,31 @@ from torch import Tensor
 from ftdpp.checkpoint import RunError
 from ftdpp.models import BatchNormReLU
 
-# How long the others wait while process 0 evaluates; a process that is gone is noticed at once.
+# How long the others wait while process 0 evaluates. A process that is gone is noticed at once by
+# gloo; where NCCL waits for it, torchrun ends the others.
 PATIENCE = timedelta(hours=6)
 
 
 def asked_for() -> int:
     """How many processes torchrun has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    started = all(name in os.environ for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR"))
+    return int(os.environ.get("WORLD_SIZE", "1")) if started else 1
 
 
 def number() -> int:
     """Which of them this process is, from 0, also before they are a group."""
-    return int(os.environ.get("RANK", "0")) if asked_for() > 1 else 0
+    return int(os.environ["RANK"]) if asked_for() > 1 else 0
+
+
+def own_gpu() -> torch.device:
+    """The GPU of this process. Raises RunError where this machine has fewer than processes."""
+    local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local >= there:
+        raise RunError(
+            f"torchrun started more processes than there are GPUs here ({there}); lower "
+            "--nproc-per-node"
+        )
+    return torch.device("cuda", local)
 
 
 def rank() -> int:
@@ -49,29 +62,18 @@ def size() -> int:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[torch.device]:
+def joined(device: torch.device) -> Iterator[None]:
     """Within it, the processes that torchrun has started are a group: gloo on CPUs, NCCL on GPUs.
 
-    Yields:
-        the device of this process: its own GPU, where there are GPUs.
-    Raises:
-        RunError: there are fewer GPUs than processes on this machine.
+    Args:
+        device: of this process.
     """
     if asked_for() < 2:
-        yield device
+        yield
         return
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if device.type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise RunError(
-                f"torchrun started more processes than there are GPUs here "
-                f"({torch.cuda.device_count()}); lower --nproc-per-node"
-            )
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
-        yield device
+        yield
     finally:
         dist.destroy_process_group()
 

@@ -16,11 +16,13 @@ import statistics
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 from ftdpp import files
-from ftdpp.checkpoint import RunError, read_metadata
+from ftdpp.checkpoint import RunError
 from ftdpp.evaluate import Score
+from ftdpp.index import Index
 
 Row = dict[str, Any]
 FORMAT = 1  # of a file of rows
@@ -33,14 +35,24 @@ _FIELDS: dict[str, type] = {
 }
 
 
-def row_of(score: Score, scenario: str, method: str, title: str, seed: int) -> Row:
-    """The row of a run's score.
+def row_of(score: Score, meta: dict[str, Any], title: str, index: Index, weights: str) -> Row:
+    """The row of a checkpoint's score.
 
     Args:
-        method: without settings and stage, as the paper's tables name it. title: with them.
+        meta: of the checkpoint. title: the method with its settings. index: what it was evaluated
+        on. weights: of `weights_of`, taken before the checkpoint was read.
     """
-    named = {"scenario": scenario, "method": method, "title": title, "seed": seed}
-    return named | score.as_dict()
+    r = {name: value for name, value in meta["recipe"].items() if name != "save_every"}
+    same = {"recipe": r, "pretrained": meta.get("pretrained")}
+    row = {
+        **{name: meta["recipe"][name] for name in ("scenario", "method")},
+        **{"title": title, "seed": meta.get("seed") or 0},
+        "chosen": meta["best"]["split"] if meta.get("best") else None,
+        "settings": hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16],
+        "data": index.fingerprint["content"],
+        "weights": weights,
+    }
+    return row | score.as_dict()
 
 
 def _checked(rows: Any, path: Path) -> list[Row]:
@@ -48,19 +60,35 @@ def _checked(rows: Any, path: Path) -> list[Row]:
     for number, row in enumerate(rows if isinstance(rows, list) else [None]):
         found = row if isinstance(row, dict) else {}
         wrong = [name for name, kind in _FIELDS.items() if not isinstance(found.get(name), kind)]
-        numbers = [n for n in found.get("miou", {}).values() if isinstance(n, int | float)]
-        if wrong or not numbers or len(numbers) != len(found["miou"]):
+        if not wrong and not _numbers(found["miou"]):
+            wrong = ["miou"]
+        if not wrong and found["miou"].keys() != found["iou"].keys():
+            wrong = ["iou"]
+        if not wrong and not all(isinstance(found["iou"][h], dict) for h in found["iou"]):
+            wrong = ["iou"]
+        if wrong:
             raise RunError(
-                f"{path}: row {number} has no usable {', '.join(wrong) or 'miou'}; expected what "
-                "ftd compare writes (compare.json), or a run folder"
+                f"{path}: row {number} has no usable {', '.join(wrong)}; expected what ftd compare "
+                "writes (compare.json), or a run folder"
             )
     return list(rows)
+
+
+def _numbers(miou: dict[str, Any]) -> bool:
+    return bool(miou) and all(isinstance(value, int | float) for value in miou.values())
 
 
 # ---- files -------------------------------------------------------------------------------------
 
 
-def write(path: Path, rows: Sequence[Row], command: str, machine: str, preset: str) -> None:
+def write(
+    path: Path,
+    rows: Sequence[Row],
+    command: str,
+    machine: str,
+    preset: str,
+    commit: str | None = None,
+) -> None:
     """A file of rows, with what one has to type to get them again, and where they were got."""
     text = json.dumps(
         {
@@ -68,6 +96,7 @@ def write(path: Path, rows: Sequence[Row], command: str, machine: str, preset: s
             "command": command,
             "machine": machine,
             "preset": preset,
+            "commit": commit,
             "rows": list(rows),
         },
         indent=1,
@@ -102,7 +131,7 @@ def keep(folder: Path, row: Row) -> None:
     except (OSError, ValueError):
         rows = {}
     rows = rows if isinstance(rows, dict) else {}
-    rows[row["split"]] = {**row, "weights": _digest(folder / "best.safetensors")}
+    rows[row["split"]] = row
     files.write(path, json.dumps(rows, indent=1).encode())
 
 
@@ -112,8 +141,9 @@ def of_run(folder: Path, split: str | None = None) -> Row:
     Raises:
         RunError: nothing was evaluated, or the checkpoint has changed since.
     """
-    path, again = folder / OF_A_RUN, f"evaluate it with: ftd eval {folder}"
-    read_metadata(folder / "best.safetensors")
+    path, again = folder / OF_A_RUN, f"evaluate it with: ftd eval {quote(str(folder))}"
+    if not (folder / "best.safetensors").exists():
+        raise RunError(f"{folder}: no run, or one without a checkpoint yet; leave it out")
     if not path.exists():
         raise RunError(f"{folder}: holds no figures yet; {again}")
     try:
@@ -123,20 +153,26 @@ def of_run(folder: Path, split: str | None = None) -> Row:
     except (ValueError, TypeError, KeyError):
         wanted = split or "test or val"
         raise RunError(f"{path}: no figure of {wanted}; {again} --split {split or 'val'}") from None
-    if row.get("weights") != _digest(folder / "best.safetensors"):
+    if row.get("weights") != weights_of(folder):
         raise RunError(f"{path}: of another best.safetensors than the one beside it; {again}")
     return row
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
+def weights_of(folder: Path) -> str:
+    """SHA-256 of a run's best checkpoint."""
+    with (folder / "best.safetensors").open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def collect(places: Iterable[Path], split: str | None = None) -> list[Row]:
-    """The rows of run folders and of files, each run once: the first place that has it counts."""
+    """The rows of run folders and of files, each run once. The first place that has it counts, and
+    folders, whose rows are known to be of their checkpoints, come before files.
+
+    Raises:
+        RunError: a place is neither, or holds nothing of that split.
+    """
     rows: dict[tuple[Any, ...], Row] = {}
-    for place in places:
+    for place in sorted(places, key=lambda place: not place.is_dir()):
         found = [of_run(place, split)] if place.is_dir() else read(place)["rows"]
         for row in found:
             if split in (None, row["split"]):
@@ -185,14 +221,17 @@ def figure(values: Sequence[float]) -> Cell:
     return Figure(100 * statistics.mean(values), deviation)
 
 
-def tables(rows: Sequence[Row], head: str | None = None, paper: bool = True) -> list[Table]:
+def tables(
+    rows: Sequence[Row], classes: bool = False, head: str | None = None, paper: bool = True
+) -> list[Table]:
     """A table for each scenario and split, methods in their order of appearance.
 
     Args:
-        head: IoU of every class by this head, instead of the mIoU of all heads.
+        classes: IoU of every class, by `head` (the last one where none is named), instead of the
+            mIoU of all heads.
         paper: a last column with what the paper reports for the real data, where it has the row.
     Raises:
-        RunError: no row has that head.
+        RunError: no row has that head; or runs of one name have other settings or data.
     """
     made = []
     for scenario, split in dict.fromkeys((row["scenario"], row["split"]) for row in rows):
@@ -201,33 +240,55 @@ def tables(rows: Sequence[Row], head: str | None = None, paper: bool = True) -> 
         heads = list(dict.fromkeys(h for row in mine for h in row["miou"]))
         if head is not None and head not in heads:
             raise RunError(f"--head {head}: {scenario} has {', '.join(heads)}")
-        columns = heads if head is None else list(mine[0]["iou"][head])
-        theirs = published().get(scenario, {}) if paper and head is None else {}
+        shown = head or heads[-1]
+        columns = heads
+        if classes:
+            columns = list(dict.fromkeys(c for r in mine for c in r["iou"].get(shown, ())))
+        theirs = published().get(scenario, {}) if paper and not classes else {}
+        seeds = sorted({row["seed"] for row in mine})
         lines: list[list[Cell]] = []
         for name in names:
             runs = [row for row in mine if row["title"] == name]
-            parts = [_values(runs, column, head) for column in columns]
-            mean = [] if head is None else [_values(runs, head, None)]
-            lines.append([name, *map(figure, [*parts, *mean])])
+            _require_alike(name, runs)
+            few = f" ({len(runs)} of {len(seeds)} seeds)" if len(runs) < len(seeds) else ""
+            if classes:
+                ious = [run["iou"].get(shown, {}) for run in runs]
+                values = [[i[c] for i in ious if i.get(c) is not None] for c in columns]
+                values.append([run["miou"][shown] for run in runs if shown in run["miou"]])
+            else:
+                values = [[r["miou"][h] for r in runs if h in r["miou"]] for h in heads]
+            lines.append([name + few, *map(figure, values)])
             if any(n in theirs for n in names):
                 lines[-1].append(" / ".join(f"{value:.1f}" for value in theirs.get(name, [])))
-        heading = [h.upper() for h in heads] if head is None else [*columns, "mIoU"]
+        heading = [*columns, "mIoU"] if classes else [h.upper() for h in heads]
         last = ["paper"] if any(n in theirs for n in names) else []
-        what = "mIoU" if head is None else f"IoU of the {head.upper()} head"
+        what = f"IoU of the {shown.upper()} head" if classes else "mIoU"
         source, _, target = scenario.removesuffix("-ssda").partition("-")
         title = f"{source} -> {target}" + (", SSDA" if scenario.endswith("-ssda") else "")
-        seeds = sorted({row["seed"] for row in mine})
         frames = ", ".join(str(n) for n in sorted({row["frames"] for row in mine}))
-        chosen = "" if split == "val" else ", checkpoint chosen on val"
-        title += f": {what} in percent on {split} ({frames} frames){chosen}, "
+        title += f": {what} in percent on {split} ({frames} frames){_chosen(mine)}, "
         title += f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
         made.append(Table(title, ["method", *heading, *last], lines))
     return made
 
 
-def _values(runs: Sequence[Row], column: str, head: str | None) -> list[float]:
-    found = [run["miou"].get(column) if head is None else run["iou"][head][column] for run in runs]
-    return [value for value in found if value is not None]
+def _require_alike(name: str, runs: Sequence[Row]) -> None:
+    """Raises RunError where the runs of a name are not seeds of one thing."""
+    for what in ("settings", "data"):
+        found = {row[what] for row in runs if what in row}
+        if len(found) > 1 or len({row["seed"] for row in runs}) < len(runs):
+            raise RunError(
+                f"{name}: its runs have {len(found)} different {what} (another preset, data set or "
+                "ImageNet weights?), so they have no mean; make a table of each"
+            )
+
+
+def _chosen(rows: Sequence[Row]) -> str:
+    """How the checkpoints were chosen, where that is one way."""
+    ways = {row.get("chosen", "val") for row in rows}
+    if ways == {None}:
+        return ", last iteration"
+    return ", checkpoint chosen on val" if ways == {"val"} else ""
 
 
 def markdown(table: Table) -> str:
@@ -260,7 +321,8 @@ def latex(table: Table) -> str:
 
 
 def as_csv(made: Sequence[Table]) -> str:
-    """All tables in one file: a line a figure, so that no program has to take cells apart."""
+    """All tables in one file: a line a figure, so that no program has to take cells apart. What the
+    paper reports is a line with its 2D, 3D and 2D+3D as they are printed."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["table", "method", "column", "mean", "deviation"])
@@ -270,4 +332,6 @@ def as_csv(made: Sequence[Table]) -> str:
                 if isinstance(cell, Figure):
                     spread = "" if cell.deviation is None else f"{cell.deviation:.3f}"
                     writer.writerow([table.title, row[0], column, f"{cell.mean:.3f}", spread])
+                elif column == "paper" and cell:
+                    writer.writerow([table.title, row[0], column, cell, ""])
     return out.getvalue()

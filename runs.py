@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import subprocess
 import sys
@@ -127,8 +128,15 @@ def title(r: Recipe, given: tuple[str, ...] = ()) -> str:
 
 
 def run_name(r: Recipe, given: tuple[str, ...], seed: int) -> str:
-    """The name of a run's folder: usa-singapore-ftdpp+pl[fusion=false]-seed0."""
-    return f"{r.scenario}-{title(r, given)}-seed{seed}".replace("/", "_")
+    """The name of a run's folder: usa-singapore-ftdpp+pl[fusion=false]-seed0.
+
+    A name that no folder can have is cut, and tells itself apart by a digest.
+    """
+    whole = f"{r.scenario}-{title(r, given)}"
+    name = whole.replace("/", "_")
+    if name != whole or len(name) > 200:
+        name = f"{name[:180]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+    return f"{name}-seed{seed}"
 
 
 def taught_stream(r: Recipe) -> str:
@@ -307,6 +315,15 @@ def work_left(run: Run) -> float:
     return total
 
 
+def is_target(folder: Path, origin: Origin) -> bool:
+    """Whether frames come from where the run in a folder has its target from."""
+    record = read_record(folder)
+    places = recorded_places(record).origins if record is not None else {}
+    mine = places.get("tgt")
+    theirs = origin.domain, origin.root, origin.version
+    return mine is not None and (mine.domain, mine.root, mine.version) == theirs
+
+
 # ---- run.json ----------------------------------------------------------------------------------
 
 
@@ -331,7 +348,7 @@ def write_record(run: Run, places: Places, threads: int, source: Path | None = N
         "source": None if source is None else str(source.absolute()),
         "threads": threads,
         "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
-        "git": _git_hash(),
+        "git": git_hash(),
         "data": {name: index.fingerprint for name, index in run.indexes.items()},
     }
     files.write(run.out / "run.json", json.dumps(record, indent=1).encode())
@@ -366,7 +383,7 @@ def recorded_places(record: dict[str, Any]) -> Places:
     return Places(origins, Path(record["cache"]), record["built_in"])
 
 
-def _git_hash() -> str | None:
+def git_hash() -> str | None:
     """The commit of this code, where it lies in a repository of its own."""
     place = Path(__file__).resolve().parent
 

@@ -275,7 +275,8 @@ class Run:
         """
         path = self.last_path
         meta, mine = read_metadata(path), json.loads(json.dumps(self.metadata()))
-        if meta.get("processes", 1) != mine["processes"]:
+        ended = meta["iteration"] == self.recipe.steps and not meta["validation_owed"]
+        if meta.get("processes", 1) != mine["processes"] and not ended:
             raise RunError(
                 f"{path}: made by {meta.get('processes', 1)} processes, these are "
                 f"{mine['processes']}; another number would draw other frames: go on with "
@@ -386,6 +387,7 @@ def fit(run: Run) -> Iterator[Step | Score]:
             log.flush()
             run.save(run.last_path)  # before a validation, which may take long: a stop cannot wait
         if stop and (run.owed or not ended):
+            parallel.any_of(True, device)  # until the first process has saved
             raise Interrupted(
                 f"interrupted at iteration {run.iteration}, saved to {run.last_path}; continue "
                 f"with: ftd train --resume {quote(str(run.out))}"

@@ -72,6 +72,7 @@ def pairs(rows: Sequence[Row], methods: list[str], gap: list[str] | None) -> Tab
     lines: list[list[results.Cell]] = []
     for scenario in dict.fromkeys(row["scenario"] for row in rows):
         mine = [row for row in rows if row["scenario"] == scenario]
+        seeds = len({row["seed"] for row in mine})
         line: list[results.Cell] = [scenario.replace("-", " -> ", 1)]
         means: dict[str, list[float]] = {}
         for method in methods:
@@ -79,14 +80,14 @@ def pairs(rows: Sequence[Row], methods: list[str], gap: list[str] | None) -> Tab
             heads = list(runs[0]) if runs else []
             figures = [results.figure([run[head] for run in runs]) for head in heads]
             means[method] = [100 * statistics.mean(run[head] for run in runs) for head in heads]
+            few = f" ({len(runs)} of {seeds} seeds)" if 0 < len(runs) < seeds else ""
             single = len(figures) == 1
-            line.append(str(figures[0]) if single else joined(means[method]))
+            line.append((str(figures[0]) if single else joined(means[method])) + few)
         if gap:
             published = results.published().get(scenario, {})
             for found in (means, published):
                 low, high = (found.get(method, []) for method in gap)
                 line.append(joined([b - a for a, b in zip(low, high, strict=False)]))
-        seeds = len({row["seed"] for row in mine})
         line.append(f"{seeds}, {mine[0]['split']}")
         lines.append(line)
     more = ["gap", "gap in the paper"] if gap else []

@@ -81,13 +81,54 @@ def test_plan_of_sweeps() -> None:
 
 @pytest.mark.parametrize("name", compare.LISTS)
 def test_lists(name: str) -> None:
-    """Each method and setting of them exists, and is another run than the others."""
+    """Each method and setting of them exists, is another run than the others, and a second stage
+    has the first one of its own method."""
     scenario = "usa-singapore" + ("-ssda" if "ssda" in name else "")
     methods = compare.listed(name.removesuffix("-ssda"), scenario)
     jobs = compare.plan(scenario, methods, "0", "small", [], Path("runs"))
     assert len(jobs) >= methods.count(",") - methods.count("=0,") + 1
     assert len(set(named(jobs))) == len(jobs)
     assert compare.listed("xmuda", scenario) == "xmuda"
+    second = [job for job in jobs if job.recipe.second_stage]
+    assert len(second) == methods.count("+pl")
+    for job in second:
+        assert job.first is not None
+        assert job.first.name == f"{scenario}-{job.recipe.method}-seed0"
+    both = compare.listed(f"weak, {name.removesuffix('-ssda')}", scenario)
+    assert both == f"weak,{methods}", "a list is an item among others"
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        "ftdpp,ftdpp[fusion=false],ftdpp+pl",
+        "ftdpp+pl[pseudo_debias=false],ftdpp+pl",
+        "ftdpp,xmuda,ftdpp+pl",
+    ],
+)
+def test_a_second_stage_has_its_own_first(methods: str) -> None:
+    """Wherever it stands in the list."""
+    for job in plan(methods, seeds="0,1"):
+        if job.recipe.second_stage:
+            assert job.first == Path(f"runs/usa-singapore-ftdpp-seed{job.seed}")
+
+
+def test_a_source_model_s_settings_are_in_the_name() -> None:
+    """Two of them make two rows, not two seeds of one."""
+    jobs = plan("crossmatch", sweeps=("lr_3d=1e-3,3e-3",))
+    titles = [job.title for job in jobs if job.source is not None]
+    assert titles == ["crossmatch[lr_3d=0.001]", "crossmatch[lr_3d=0.003]"]
+
+
+def test_long_names_of_folders_are_cut_and_differ() -> None:
+    weights = [",".join([f"0.12345678901234{i}"] * 6) for i in (1, 2)]
+    names = [
+        named(plan("xmuda", f"class_weights={w}", "dropout=0.123456789012,0.123456789012",
+                   "lr_2d=0.00012345678901234", "lr_3d=0.00012345678901234"))[0]
+        for w in weights
+    ]  # fmt: skip
+    assert names[0] != names[1]
+    assert all(len(name) < 255 and name.endswith("-seed0") for name in names)
 
 
 def test_compare_and_train_find_each_others_runs(
@@ -125,8 +166,6 @@ def test_compare_and_train_find_each_others_runs(
     assert again.exit_code == 0, again.output
     assert results.read(file)["rows"] == rows
     collected = sorted(results.collect((tmp_path / "runs").glob("usa-*")), key=str)
-    for row in collected:
-        row.pop("weights")
     assert collected == sorted(rows, key=str), "each run's folder holds its row"
     single = ftd("eval", made, "--cache", cache, "--threads", 1)
     mean = next(r for r in rows if (r["method"], r["seed"]) == ("source-only", 1))["miou"]["2d+3d"]
@@ -170,6 +209,43 @@ def test_what_fails_does_not_stop_the_others(world: Path, cache: Path, tmp_path:
     assert outputs[0] == outputs[1]
 
 
+def test_a_killed_process_is_a_failed_run(
+    world: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where all that is left needed it: the comparison ends and says so."""
+    monkeypatch.setattr(compare, "_work", die)
+    args = ("compare", "--data", world, "--cache", cache, *WHERE, *TINY, "--steps", 1)
+    result = ftd(*args, "--jobs", 2, "--methods", "xmuda+pl", "--out", tmp_path)
+    assert result.exit_code == 1, result.output
+    assert "exit code -9" in words(result) and "from which it starts" in words(result)
+    assert not (tmp_path / "compare.json").exists(), "no file of no rows"
+
+
+def die(*_: Any) -> None:
+    """In the place of a run's process."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_labels_of_another_first_stage_are_refused(
+    world: Path, cache: Path, tmp_path: Path
+) -> None:
+    args = ("compare", "--data", world, "--cache", cache, "--out", tmp_path, *WHERE, *TINY)
+    args = (*args, "--steps", 1, "--methods", "source-only+pl")
+    assert ftd(*args).exit_code == 0
+    [second] = tmp_path.glob("*+pl*")
+    for name in ("last.safetensors", "best.safetensors"):  # as if stopped before its end
+        (second / name).unlink()
+    [first] = tmp_path.glob("usa-singapore-source-only[[]*")
+    last = first / "last.safetensors"
+    tensors = checkpoint.read_tensors(last, "")
+    name = next(name for name in tensors if name.endswith("net_3d.main.bias"))
+    tensors[name] = tensors[name] + 1
+    checkpoint.save(last, tensors, checkpoint.read_metadata(last))
+    result = ftd(*args)
+    assert result.exit_code == 1, result.output
+    assert "not made by" in words(result) and f"remove {second}" in words(result)
+
+
 def test_a_stop_saves_every_run(world: Path, cache: Path, tmp_path: Path) -> None:
     """SIGTERM to the parent alone: its processes save, and the same command goes on."""
     command: list[Any] = [
@@ -196,7 +272,7 @@ def test_a_stop_saves_every_run(world: Path, cache: Path, tmp_path: Path) -> Non
         process.send_signal(signal.SIGTERM)
         rest = process.stderr.read()
     assert process.returncode == 130, rest
-    assert "every run has saved" in rest
+    assert "runs were saved (nothing is lost)" in rest
     for name in begun:
         [run] = tmp_path.glob(f"usa-singapore-{name}*")
         assert 0 < checkpoint.read_metadata(run / "last.safetensors")["iteration"] < 4000

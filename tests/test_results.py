@@ -50,18 +50,41 @@ def test_mean_and_deviation_beside_the_paper() -> None:
     assert table.rows[1][1] == results.Figure(pytest.approx(51.0), pytest.approx(spread))
     shown = [[str(cell) for cell in row] for row in table.rows]
     assert shown == [
-        ["source-only", "40.0", "-", "58.4 / 62.8 / 68.2"],
+        ["source-only (1 of 2 seeds)", "40.0", "-", "58.4 / 62.8 / 68.2"],
         ["ftdpp", "51.0 ± 1.4", "62.0 ± 1.4", "69.7 / 64.6 / 69.8"],
-        ["ftdpp[teacher_image=none]", "50.0", "60.0", ""],
+        ["ftdpp[teacher_image=none] (1 of 2 seeds)", "50.0", "60.0", ""],
     ]
-    of_classes = results.tables(ROWS, head="2d")[0]
+    of_classes = results.tables(ROWS, True, "2d")[0]
     assert of_classes.columns == ["method", "vehicle", "manmade", "mIoU"]
-    assert [str(cell) for cell in of_classes.rows[0]] == ["source-only", "40.0", "-", "40.0"]
+    assert [str(cell) for cell in of_classes.rows[1]][1:] == ["51.0 ± 1.4", "-", "51.0 ± 1.4"]
+    last = results.tables(ROWS, True)[0]
+    assert [str(cell) for cell in last.rows[0]][1:] == ["-", "-", "-"], "it has no such head"
     with pytest.raises(RunError, match="usa-singapore has 2d, 2d"):
-        results.tables(ROWS, head="4d")
+        results.tables(ROWS, True, "4d")
     more = [a_row("ftdpp", 0, {"2d": 1.0}, scenario="a2d2-skitti-ssda", split="val")]
     titles = [table.title for table in results.tables(ROWS + more)]
-    assert titles[1] == "a2d2 -> skitti, SSDA: mIoU in percent on val (48 frames), seed 0"
+    assert (
+        titles[1]
+        == "a2d2 -> skitti, SSDA: mIoU in percent on val (48 frames), checkpoint chosen on val, seed 0"
+    )
+
+
+def test_runs_of_one_name_have_to_be_alike() -> None:
+    """Seeds of one thing: no other preset, data, or the same seed twice."""
+    alike = [a_row("ftdpp", seed, {"2d": 0.5}, settings="a", data="b") for seed in (0, 1)]
+    assert len(results.tables(alike)) == 1
+    for change in ({"settings": "c"}, {"data": "c"}, {"seed": 0}):
+        with pytest.raises(RunError, match="make a table of each"):
+            results.tables([alike[0], {**alike[1], **change}])
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words_"), [("val", ", checkpoint chosen on val"), (None, ", last iteration")]
+)
+def test_how_checkpoints_were_chosen(chosen: str | None, words_: str) -> None:
+    rows = [{**row, "chosen": chosen} for row in ROWS]
+    assert words_ in results.tables(rows)[0].title
+    assert "chosen" not in results.tables([*rows, {**ROWS[0], "seed": 5, "chosen": "x"}])[0].title
 
 
 def test_formats(tmp_path: Path) -> None:
@@ -80,6 +103,9 @@ def test_formats(tmp_path: Path) -> None:
     assert of_ftdpp["2D"]["mean"] == "51.000" and of_ftdpp["2D"]["deviation"] == "1.414"
     classes = ftd("table", file, "--classes", "--head", "2d", "--format", "md").output
     assert "| ftdpp | 51.0 ± 1.4 | - | 51.0 ± 1.4 |" in classes
+    assert ftd("table", file, "--classes").exit_code == 0
+    paper = [row for row in rows if row["column"] == "paper"]
+    assert paper[0]["mean"] == "58.4 / 62.8 / 68.2"
     wrong = ftd("table", file, "--head", "2d")
     assert wrong.exit_code == 2 and "add --classes" in words(wrong)
     wrong = ftd("table", file, "--split", "train")
@@ -107,6 +133,9 @@ def test_files_of_others_are_refused(tmp_path: Path) -> None:
         json.dumps({**whole, "rows": [{**ROWS[0], "seed": "0"}]}),
         json.dumps({**whole, "rows": [{**ROWS[0], "miou": {"2d": None}}]}),
         json.dumps({**whole, "rows": [{**ROWS[0], "miou": {}}]}),
+        json.dumps({**whole, "rows": [{**ROWS[0], "miou": [1]}]}),
+        json.dumps({**whole, "rows": [{**ROWS[0], "iou": {}}]}),
+        json.dumps({**whole, "rows": [{**ROWS[0], "iou": {"2d": 1}}]}),
         json.dumps({**whole, "machine": 1}),
     ):
         path.write_text(damaged)
@@ -114,9 +143,15 @@ def test_files_of_others_are_refused(tmp_path: Path) -> None:
         assert result.exit_code == 1 and "compare.json" in words(result), damaged
     result = ftd("table", tmp_path / "no.json")
     assert result.exit_code == 1 and "No such file" in words(result)
+    result = ftd("table", a_file(path, []))
+    assert result.exit_code == 1 and "no figure in these files" in words(result)
+    result = ftd("table", tmp_path)
+    assert result.exit_code == 1 and "leave it out" in words(result)
 
 
-def test_a_run_s_folder_holds_its_figures(finished: Path, cache: Path, tmp_path: Path) -> None:
+def test_a_run_s_folder_holds_its_figures(
+    finished: Path, world: Path, cache: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     (run / results.OF_A_RUN).unlink(missing_ok=True)
@@ -134,6 +169,10 @@ def test_a_run_s_folder_holds_its_figures(finished: Path, cache: Path, tmp_path:
     before = (run / results.OF_A_RUN).read_bytes()
     ftd("eval", run, "--checkpoint", "last", "--cache", cache, "--threads", 1)
     assert (run / results.OF_A_RUN).read_bytes() == before, "of the best checkpoint alone"
+    shutil.copytree(world, tmp_path / "other")
+    other = ("--data", tmp_path / "other", "--cache", cache, "--threads", 1)
+    assert ftd("eval", run, *other).exit_code == 0
+    assert (run / results.OF_A_RUN).read_bytes() == before, "of the run's own data alone"
     meta = checkpoint.read_metadata(run / "best.safetensors")
     tensors = checkpoint.read_tensors(run / "best.safetensors", "")
     checkpoint.save(run / "best.safetensors", tensors, {**meta, "seed": 5})
