@@ -565,5 +565,7 @@ def _work(comparison: Comparison, job: Job, place: int, connection: Connection) 
         found = comparison.attempt(job, remote)
     except Interrupted as error:
         found = error
-    failed = isinstance(found, Exception)
-    connection.send(("failed", type(found)(*found.args)) if failed else ("row", found))
+    if isinstance(found, Exception):  # without its traceback, which does not travel
+        connection.send(("failed", type(found)(*found.args)))
+    else:
+        connection.send(("row", found))

@@ -405,7 +405,7 @@ def read_frame(ref: FrameRef, table: Array, size: tuple[int, int] | None) -> Fro
         pixel=pixel,
         depth=depth.astype(np.float32),
     )
-    return FromDisk(frame, np.flatnonzero(finite)[rows], len(finite), dropped)
+    return FromDisk(frame, np.flatnonzero(finite)[rows], finite.size, dropped)
 
 
 def _dense_frame(ref: FrameRef, raw: RawFrame, table: Array, size: tuple[int, int] | None) -> Frame:

@@ -161,7 +161,7 @@ def usable_weights(weights: Sequence[float], classes: int) -> bool:
 
 def unknown(what: str, found: str, known: Sequence[str]) -> RecipeError:
     """The error for a misspelt name, with the closest known one."""
-    close = get_close_matches(found, known, 1)
+    close = get_close_matches(found.replace("+", "p"), known, 1)  # FtD++ is written ftdpp
     hint = f"did you mean {close[0]!r}? " if close else ""
     return RecipeError(f"unknown {what} {found!r}; {hint}known: {', '.join(known)}")
 

@@ -33,7 +33,7 @@ PAIR = ("train", "--src", "usa", "--tgt", "singapore")
     ((*PAIR, "--preset", "paper", "--pretrained", __file__), 2, "not a PyTorch file"),
     ((*PAIR, "--ssda", "--tgt-frames", "a"), 2, "--tgt-frames"),
     ((*PAIR, "--src-frames", ""), 2, "--src-frames: expected tokens"),
-    ((*PAIR, "--set", "teacher_image=fad"), 2, "coin or fda"),
+    ((*PAIR, "--set", "teacher_image=fad"), 2, "coin, fda or none"),
     ((*PAIR, "--set", "pseudo=1"), 2, "--pseudo FILE"),
     ((*PAIR, "--method", "source-only", "--set", "distill_single=1"), 2, "no teacher"),
     ((*PAIR, "--set", "width_2d=8"), 2, "at least 16"),
@@ -64,7 +64,7 @@ PAIR = ("train", "--src", "usa", "--tgt", "singapore")
     (("compare", "--seeds", "-1"), 2, "from 0 on"),
     (("compare", "--out", "/proc/x"), 2, "/proc/x: cannot be written"),
     (("compare", "--seeds", "a"), 2, "--seeds"),
-    (("compare", "--methods", "ftdpp+x"), 2, "+pl behind it"),
+    (("compare", "--methods", "ftdpp+x"), 2, "for both stages NAME+pl"),
     (("compare", "--methods", "source-only", "--set", "ema=0.9"), 2, "none of source-only reads"),
     (("compare", "--ssda", "--methods", "source-only"), 2, "no semi-supervised form"),
     (("compare", "--preset", "small", "--pretrained", "download"), 2, "width 64 only"),
@@ -138,9 +138,9 @@ def test_the_folder_is_named_by_the_settings(
     assert result.exit_code == 0, result.output
     [run] = (tmp_path / "runs").iterdir()
     assert run.name == "usa-singapore-ftdpp[steps=1,image=48,88,fusion=false]-seed0"
-    assert "ftdpp, steps=1, image=48,88, fusion=false" in words(result)
+    assert "ftdpp[steps=1,image=48,88,fusion=false]" in words(result)
     result = ftd("eval", run, "--cache", cache, "--split", "val")
-    assert "ftdpp, steps=1, image=48,88, fusion=false" in words(result)
+    assert "ftdpp[steps=1,image=48,88,fusion=false]" in words(result)
 
 
 def test_recipes_command() -> None:

@@ -49,7 +49,7 @@ def test_semantic_kitti(tmp_path: Path) -> None:
     for ref, path in zip(refs, files, strict=True):
         stored = np.fromfile(path, np.uint32)
         label = inference.label_frame(system, ref)
-        assert len(stored) == len(reader.read(ref).points)  # type: ignore[arg-type]
+        assert len(stored) == len(reader.read(ref).points)
         names = reader.categories(ref)
         for raw, c in set(zip(stored.tolist(), label.tolist(), strict=True)):
             assert (raw == 0) == (c == NONE)
