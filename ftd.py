@@ -1145,8 +1145,7 @@ def compare(
     if rows:
         for table in figures.tables(rows):
             screen.show(screen.output(), screen.results_table(table))
-        threads_used = plural(int(thread_choice[0]), "thread")
-        here = f"{machine.describe(dev)}, {threads_used} a run, {plural(jobs, 'run')} at a time"
+        here = f"{machine.describe(dev)}, {plural(jobs, 'run')} at a time"
         figures.write(results, rows, _typed(context), here, preset, runs.git_hash())
         console.print(f"every number: {results}", soft_wrap=True)
     work.report()

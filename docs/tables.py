@@ -60,7 +60,7 @@ def narrowed(table: Table, chosen: dict[str, list[str]]) -> Table:
     """Rows and columns in the wanted order."""
     columns, rows = table.columns, table.rows
     if "rows" in chosen:
-        rows = [row for name in chosen["rows"] for row in rows if row[0] == name]
+        rows = [r for name in chosen["rows"] for r in rows if str(r[0]).split(" (")[0] == name]
     if "columns" in chosen:
         places = [columns.index(name) for name in ["method", *chosen["columns"]]]
         columns, rows = [columns[i] for i in places], [[row[i] for i in places] for row in rows]
