@@ -719,6 +719,25 @@ def _checkpoint(run: Path, which: str) -> Path:
     return run / f"{which}.safetensors"
 
 
+def _load(
+    path: Path, device: str | None, threads: int | None, console: Console
+) -> tuple[Any, Any, dict[str, Any]]:
+    """The device that was chosen, said with its reason, and a checkpoint's system there."""
+    from ftdpp import checkpoint, screen
+
+    dev, why = _device(device)
+    screen.facts(console, [("device", str(dev), why), ("threads", *_threads(threads))])
+    return dev, *checkpoint.load(path, dev)
+
+
+def _require_overlay(overlay: Path | None, count: int | None) -> None:
+    """Refuses a folder of pictures that cannot be written, and a count of none."""
+    if overlay is not None:
+        _writable(overlay, folder=True)
+    elif count is not None:
+        raise _fail("--count says how many pictures --overlay makes; add --overlay FOLDER", USAGE)
+
+
 def _run_origin(
     run: Path,
     domain: str | None,
@@ -783,21 +802,15 @@ def evaluate(
     cache: Cache = None,
 ) -> None:
     """Evaluate a checkpoint: point-level IoU of every head, per class."""
-    from ftdpp import checkpoint as files
     from ftdpp import evaluate as protocol
     from ftdpp import inference, results, runs, screen
 
     console = screen.messages()
-    if overlay is not None:
-        _writable(overlay, folder=True)
-    elif count is not None:
-        raise _fail("--count says how many pictures --overlay makes; add --overlay FOLDER", USAGE)
+    _require_overlay(overlay, count)
     path = _checkpoint(run, checkpoint)
-    dev, dev_why = _device(device)
-    screen.facts(console, [("device", str(dev), dev_why), ("threads", *_threads(threads))])
     own = run.is_dir() and checkpoint == "best" and path.exists()
     before = results.weights_of(run) if own else ""  # of what is read next
-    system, meta = files.load(path, dev)
+    dev, system, meta = _load(path, device, threads, console)
     origin = _run_origin(run, domain, data, data_version, split, frames)
     r = system.recipe
     splits = _known_domain("--domain", origin.domain).splits
@@ -880,21 +893,15 @@ def pseudo(
 ) -> None:
     """Predict the target training frames and keep the confident labels, for a second stage:
     ftd train ... --pseudo FILE."""
-    from ftdpp import checkpoint as files
     from ftdpp import evaluate as protocol
     from ftdpp import runs, screen
     from ftdpp.readers import plural
 
     console = screen.messages()
     _writable(out)
-    if overlay is not None:
-        _writable(overlay, folder=True)
-    elif count is not None:
-        raise _fail("--count says how many pictures --overlay makes; add --overlay FOLDER", USAGE)
+    _require_overlay(overlay, count)
     path = _checkpoint(run, checkpoint)
-    dev, dev_why = _device(device)
-    screen.facts(console, [("device", str(dev), dev_why), ("threads", *_threads(threads))])
-    system, meta = files.load(path, dev)
+    dev, system, meta = _load(path, device, threads, console)
     origin = _run_origin(run, domain, data, data_version, split, frames)
     r = system.recipe
     adapted = [s.split for s in system.streams(r).values() if not s.labels]
@@ -936,7 +943,6 @@ def predict(
 ) -> None:
     """Label frames, which need no labels, and write them as the data set's benchmark takes them:
     SemanticKITTI .label, nuScenes lidarseg .bin, Cityscapes PNG; npy for the others."""
-    from ftdpp import checkpoint as files
     from ftdpp import inference, readers, runs, screen
     from ftdpp.readers import plural
 
@@ -944,14 +950,9 @@ def predict(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise _fail(f"--out {out}: is there and not empty; name a new folder", USAGE)
     _writable(out, folder=True)
-    if overlay is not None:
-        _writable(overlay, folder=True)
-    elif count is not None:
-        raise _fail("--count says how many pictures --overlay makes; add --overlay FOLDER", USAGE)
+    _require_overlay(overlay, count)
     path = _checkpoint(run, checkpoint)
-    dev, dev_why = _device(device)
-    screen.facts(console, [("device", str(dev), dev_why), ("threads", *_threads(threads))])
-    system, meta = files.load(path, dev)
+    dev, system, meta = _load(path, device, threads, console)
     origin = _run_origin(run, domain, data, data_version, split, frames)
     row = _known_domain("--domain", origin.domain)
     splits = row.splits
