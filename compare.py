@@ -222,7 +222,7 @@ def _plan_one(
         jobs.append(Job(seed, folder, r, listed, start, first))
         if not second:
             firsts[method, own] = folder
-        if method == SOURCE_MODEL and not own:
+        if method == SOURCE_MODEL and not own and not second:
             model = jobs[-1]
     return jobs
 

@@ -67,6 +67,7 @@ def exported(run: Path, out: Path, *where: object) -> dict[str, Any]:
         result = ftd("eval", path, *where, "--json")
         assert result.exit_code == 0, result.output
         scores.append(json.loads(result.stdout[result.stdout.index("{") :]))
-        scores[-1].pop("checkpoint")
+        for name in ("checkpoint", "weights"):  # of the file
+            scores[-1].pop(name)
     assert scores[0] == scores[1]
     return scores[0]

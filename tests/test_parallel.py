@@ -129,7 +129,9 @@ def test_a_lost_process_ends_the_other(world: Path, cache: Path, tmp_path: Path)
 
 
 def test_torchrun_is_for_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    torchrun_s = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+    for name, value in torchrun_s.items():
+        monkeypatch.setenv(name, value)
     result = ftd("compare", "--out", tmp_path)
     assert result.exit_code == 2 and "torchrun starts ftd train alone" in words(result)
 
