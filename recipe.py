@@ -70,16 +70,14 @@ class Recipe:
 
     def rules(self) -> dict[str, bool]:
         """Every condition that a recipe has to meet, in words, and whether this one meets it."""
-        periods = (
-            *(self.steps, self.batch, self.accumulate),
-            *(self.eval_batch, self.val_every, self.save_every),
-        )
+        counts = self.steps, self.batch, self.accumulate, self.eval_batch
+        periods = self.val_every, self.save_every
         sizes = (self.image, self.crop)
         weights = self.class_weights
         classes = len(CLASS_SETS.get(self.classes, ()))
         return {
             "steps, batch, accumulate, eval_batch, val_every and save_every must be at least 1": (
-                min(periods) >= 1
+                min(counts + periods) >= 1
             ),
             "precision must be fp32 or bf16": self.precision in ("fp32", "bf16"),
             f"classes must be one of {', '.join(CLASS_SETS)}": self.classes in CLASS_SETS,

@@ -128,7 +128,7 @@ def keep(folder: Path, row: Row) -> None:
     path = folder / OF_A_RUN
     try:
         rows = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):  # damaged: what is left is of no use
         rows = {}
     rows = rows if isinstance(rows, dict) else {}
     rows[row["split"]] = row
@@ -221,15 +221,13 @@ def figure(values: Sequence[float]) -> Cell:
     return Figure(100 * statistics.mean(values), deviation)
 
 
-def tables(
-    rows: Sequence[Row], classes: bool = False, head: str | None = None, paper: bool = True
-) -> list[Table]:
-    """A table for each scenario and split, methods in their order of appearance.
+def tables(rows: Sequence[Row], classes: bool = False, head: str | None = None) -> list[Table]:
+    """A table for each scenario and split, methods in their order of appearance; its last column is
+    what the paper reports for the real data, where it has such rows.
 
     Args:
         classes: IoU of every class, by `head` (the last one where none is named), instead of the
             mIoU of all heads.
-        paper: a last column with what the paper reports for the real data, where it has the row.
     Raises:
         RunError: no row has that head; or runs of one name have other settings or data.
     """
@@ -244,7 +242,7 @@ def tables(
         columns = heads
         if classes:
             columns = list(dict.fromkeys(c for r in mine for c in r["iou"].get(shown, ())))
-        theirs = published().get(scenario, {}) if paper and not classes else {}
+        theirs = published().get(scenario, {}) if not classes else {}
         seeds = sorted({row["seed"] for row in mine})
         lines: list[list[Cell]] = []
         for name in names:

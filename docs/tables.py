@@ -87,7 +87,8 @@ def pairs(rows: Sequence[Row], methods: list[str], gap: list[str] | None) -> Tab
             published = results.published().get(scenario, {})
             for found in (means, published):
                 low, high = (found.get(method, []) for method in gap)
-                line.append(joined([b - a for a, b in zip(low, high, strict=False)]))
+                both = zip(low, high, strict=True) if low and high else ()
+                line.append(joined([b - a for a, b in both]))
         line.append(f"{seeds}, {mine[0]['split']}")
         lines.append(line)
     more = ["gap", "gap in the paper"] if gap else []

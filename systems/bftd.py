@@ -37,8 +37,8 @@ from ftdpp.systems.ftdpp import (
     CrossModal,
     ExternalAttention,
     Logits,
-    debiased_pseudo_loss,
     mixup,
+    pseudo_terms,
     stylise,
 )
 
@@ -281,15 +281,7 @@ class System(ftdpp.System):
         if r.mimic_tgt:
             terms["mimic_2d_tgt"] = r.mimic_tgt * kl_2d
             terms["mimic_3d_tgt"] = r.mimic_tgt * kl_3d
-        if r.pseudo:
-            for head, logits, kl in (("2d", tgt.main_2d, kl_2d), ("3d", tgt.main_3d, kl_3d)):
-                label = batch.pseudo[head]
-                if r.pseudo_debias:
-                    loss = debiased_pseudo_loss(logits, label, kl, r.pseudo_detach)
-                else:
-                    loss = cross_entropy(logits, label)
-                terms[f"pseudo_{head}"] = r.pseudo * loss
-        return terms
+        return terms | (pseudo_terms(r, tgt, batch, kl_2d, kl_3d) if r.pseudo else {})
 
     def after_step(self, iteration: int) -> None:
         super().after_step(iteration)

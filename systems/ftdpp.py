@@ -593,6 +593,19 @@ def debiased_pseudo_loss(logits: Tensor, label: Tensor, kl: Tensor, detach: bool
     return trust * cross_entropy(logits, label)
 
 
+def pseudo_terms(r: Any, tgt: Logits, batch: Batch, *kls: Tensor) -> dict[str, Tensor]:
+    """Of both main heads; kls are the mimicry terms, 2D and 3D, of the same batch."""
+    terms = {}
+    for head, logits, kl in zip(("2d", "3d"), (tgt.main_2d, tgt.main_3d), kls, strict=True):
+        label = batch.pseudo[head]
+        if r.pseudo_debias:
+            loss = debiased_pseudo_loss(logits, label, kl, r.pseudo_detach)
+        else:
+            loss = cross_entropy(logits, label)
+        terms[f"pseudo_{head}"] = r.pseudo * loss
+    return terms
+
+
 def source_share(frames: int) -> int:
     """How many frames of a semi-supervised batch are of the source; the others are the target's."""
     return round(0.5 * frames)
@@ -722,15 +735,7 @@ class System(Contract):
         if r.mimic_tgt:
             terms["mimic_2d_tgt"] = r.mimic_tgt * kl_2d
             terms["mimic_3d_tgt"] = r.mimic_tgt * kl_3d
-        if r.pseudo:
-            for head, logits, kl in (("2d", tgt.main_2d, kl_2d), ("3d", tgt.main_3d, kl_3d)):
-                label = batch.pseudo[head]
-                if r.pseudo_debias:
-                    loss = debiased_pseudo_loss(logits, label, kl, r.pseudo_detach)
-                else:
-                    loss = cross_entropy(logits, label)
-                terms[f"pseudo_{head}"] = r.pseudo * loss
-        return terms
+        return terms | (pseudo_terms(r, tgt, batch, kl_2d, kl_3d) if r.pseudo else {})
 
     def after_step(self, iteration: int) -> None:
         if self.teacher is not None:
