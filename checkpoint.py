@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,13 @@ def stored_recipe(meta: dict[str, Any], path: Path) -> Any:
         raise RunError(f"{path}: has {error}; use the version of ftd that wrote it") from None
 
 
+def _holds(path: Path, networks: Sequence[str]) -> bool:
+    """Whether a checkpoint has tensors of these networks of its system."""
+    begins = tuple(f"system/{name}." for name in networks)
+    with safe_open(path, "pt") as file:
+        return any(key.startswith(begins) for key in file.keys())  # noqa: SIM118 - no mapping
+
+
 def load_state(system: Any, path: Path) -> None:
     """Load the system's tensors. Networks that only training needs may be left over in the file.
 
@@ -123,9 +130,13 @@ def load_state(system: Any, path: Path) -> None:
     system.load_state_dict(theirs)
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> tuple[Any, dict[str, Any]]:
+def load(
+    path: Path, device: torch.device | str = "cpu", teachers: bool = False
+) -> tuple[Any, dict[str, Any]]:
     """The system of a checkpoint, ready to predict, and the checkpoint's metadata.
 
+    Args:
+        teachers: with the networks that only training needs, where the file has the teachers.
     Raises:
         RunError: the file is no checkpoint, is damaged, or is of another version.
     """
@@ -140,7 +151,10 @@ def load(path: Path, device: torch.device | str = "cpu") -> tuple[Any, dict[str,
             f"{path}: {what}, not a checkpoint; name a run folder, its best.safetensors or its "
             "last.safetensors"
         )
-    system = build(stored_recipe(meta, path), training=False)
+    r = stored_recipe(meta, path)
+    system = build(r, training=False)
+    if teachers and _holds(path, tuple(system.teachers.values())):
+        system = build(r)
     load_state(system, path)
     needs = system.frozen()
     if needs is not None and needs != meta.get("frozen"):

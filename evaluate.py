@@ -137,7 +137,7 @@ def evaluate(
     for done, batch in batches_of(index, r, r.eval_batch):
         seen += len(batch.label)
         batch = batch.to(device)
-        for head, predicted, label in _pairs(system.predict(batch), batch, originals):
+        for head, predicted, label in compared(system.predict(batch), batch, originals):
             matrices[head] += confusion(predicted, label, len(names)).cpu()
             pixels = (label.shape[0], label.shape[1]) if label.ndim == 2 else None
         if progress:
@@ -153,10 +153,7 @@ def evaluate(
         points=sum(labelled),
         miou={head: mean for head, (_, mean) in result.items()},
         iou={
-            head: {
-                name: None if np.isnan(value) else value
-                for name, value in zip(names, per_class, strict=True)
-            }
+            head: {n: None if np.isnan(v) else v for n, v in zip(names, per_class, strict=True)}
             for head, (per_class, _) in result.items()
         },
         outside=index.fingerprint["points"] - seen,
@@ -165,7 +162,7 @@ def evaluate(
     )
 
 
-def _pairs(
+def compared(
     probabilities: dict[str, Tensor], batch: Batch, originals: Iterator[Frame]
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Head, predicted classes and labels, (N,) of points. Of pixels (H, W) frame by frame, at the

@@ -283,7 +283,7 @@ def require_depth(index: Index) -> None:
     if missing:
         raise DataError(
             f"{index.identity['root']}: {missing} of {plural(len(index), 'frame')} of "
-            f"{index.title} without depth; add the depth files of the data set (README, Data), or "
+            f"{index.title} without depth; add the depth files of the data set (docs/data.md), or "
             "go without: --set depth=none"
         )
 

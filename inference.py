@@ -33,32 +33,53 @@ def predict_frames(
 
 
 @torch.no_grad()
-def label_frame(system: Any, ref: FrameRef, device: torch.device | str = "cpu") -> np.ndarray:
-    """Classes of everything that a frame has on disk, by the last head; 255 = not predicted.
+def label_heads(
+    system: Any, ref: FrameRef, device: torch.device | str = "cpu"
+) -> dict[str, np.ndarray]:
+    """Classes of everything that a frame has on disk, by every head; 255 = not predicted.
 
     Its labels are not read. Points that the camera does not see are not predicted.
 
     Returns:
-        (M,) u8 of the points; or, of a dense data set, (H, W) u8 at the photo's size.
+        head -> (M,) u8 of the points; or, of a dense data set, (H, W) u8 at the photo's size.
     Raises:
         DataError: a file is missing or damaged.
     """
-    r, head = system.recipe, system.heads[-1]
+    r = system.recipe
     unread = np.full(256, UNLABELLED, np.uint8)
     size = r.image_size(READERS[ref.reader].aspect)
     frame, kept, points, _ = read_frame(replace(ref, label_path=None), unread, size)
     taken = sample(frame, None, 0, np.random.default_rng(0), r.voxels_per_metre)
     batch = collate([taken]).to(device)
-    found = system.predict(batch)[head]
-    if frame.xyz is None:
-        with Image.open(ref.image_path) as photo:
-            shape = photo.height, photo.width
-        image = found.t().view(1, -1, *batch.image.shape[-2:])
-        enlarged = F.interpolate(image, shape, mode="bilinear")
-        return enlarged.argmax(1)[0].to(torch.uint8).cpu().numpy()
-    label = np.full(points, UNLABELLED, np.uint8)
-    label[kept[taken.keep.numpy()]] = found.argmax(1).cpu().numpy()
-    return label
+    found: dict[str, np.ndarray] = {}
+    for head, prob in system.predict(batch).items():
+        if frame.xyz is None:
+            with Image.open(ref.image_path) as photo:
+                shape = photo.height, photo.width
+            image = prob.t().view(1, -1, *batch.image.shape[-2:])
+            enlarged = F.interpolate(image, shape, mode="bilinear")
+            found[head] = enlarged.argmax(1)[0].to(torch.uint8).cpu().numpy()
+        else:
+            found[head] = np.full(points, UNLABELLED, np.uint8)
+            found[head][kept[taken.keep.numpy()]] = prob.argmax(1).cpu().numpy()
+    return found
+
+
+def seen_frame(
+    system: Any, ref: FrameRef, device: torch.device | str = "cpu"
+) -> tuple[Frame, dict[str, np.ndarray]]:
+    """A frame at the photo's own size, with its labels where it has some; and head -> classes of
+    its rows, (M,) u8, 255 = not predicted.
+
+    Raises:
+        DataError: a file is missing or damaged, or the data set lacks the system's class set.
+    """
+    reader = READERS[ref.reader]
+    table = class_table(reader, system.recipe.classes, reader.categories(ref))
+    frame, kept, _, _ = read_frame(ref, table, None)
+    said = label_heads(system, ref, device)
+    rows = slice(None) if frame.xyz is None else kept
+    return frame, {head: label.reshape(-1)[rows] for head, label in said.items()}
 
 
 def write_predictions(
@@ -89,7 +110,7 @@ def write_predictions(
         named = sorted(reader.categories(ref).items(), reverse=True)
         raw = {name: number for number, name in named}
         ids = [raw.get(names.split(", ")[0], 0) for names in reader.classes[classes]]
-        label = label_frame(system, ref, device)
+        label = label_heads(system, ref, device)[system.heads[-1]]
         with replacing(folder / place) as temporary:
             reader.write_prediction(temporary, label, np.array(ids))
         count += int((label != UNLABELLED).sum())

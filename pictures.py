@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +13,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ftdpp.data import UNLABELLED, Frame
+from ftdpp.files import replacing
 
 Colour = tuple[int, int, int]
 
 # The colours of classes, chosen by a search for the largest distance between any two of one class
-# set, seen with normal vision and by the red- and green-blind (tests/test_report.py).
+# set, seen with normal vision and by the red- and green-blind (tests/test_pictures.py).
 COLOURS: dict[str, Colour] = {
     "car": (229, 133, 77),
     "truck": (174, 61, 56),
@@ -125,6 +126,33 @@ def panels_of(frame: Frame, prediction: np.ndarray, what: str = "prediction") ->
     return panels
 
 
+def panels_of_heads(frame: Frame, labels: Mapping[str, np.ndarray]) -> list[Panel]:
+    """One panel a head; where the frame has labels, the truth before and the errors of the last
+    head behind them."""
+    panels = [Panel(head.upper(), label) for head, label in labels.items()]
+    if frame.has_label:
+        truth = frame.label.reshape(-1)
+        panels.insert(0, Panel("truth", truth))
+        panels.append(Panel(f"error of {panels[-1].name}", panels[-1].label, truth))
+    return panels
+
+
+def full_width(frame: Frame, panels: int) -> int:
+    """Width of a page whose photos have the frame's own size."""
+    high, wide = frame.image.shape[:2]
+    if frame.xyz is not None and wide > WIDE * high:  # the view from above stands beside it
+        return wide + high + 3 * GAP
+    columns = 1 if wide > WIDE * high else panels
+    return columns * (wide + GAP) + GAP
+
+
+def write_picture(path: Path, picture: Image.Image) -> None:
+    """As the file's name says: .png, or .pdf of one page."""
+    kind = "PDF" if path.suffix.lower() == ".pdf" else "PNG"
+    with replacing(path) as temporary:
+        picture.save(temporary, kind, resolution=150.0, title=path.stem)
+
+
 def page(
     frame: Frame, panels: Sequence[Panel], names: Sequence[str], title: str, width: int = 1920
 ) -> Image.Image:
@@ -177,6 +205,19 @@ def page(
         out.paste(_view(frame, view, marks, above, font), corner)
     out.paste(legend, (GAP, bottom))
     return out
+
+
+def panel_images(
+    frame: Frame, panel: Panel, names: Sequence[str], width: int
+) -> tuple[Image.Image, Image.Image | None]:
+    """A panel over the photo and from above, without words; of pixels there is no second one."""
+    marks = _marks(panel, palette(names))
+    size = width, round(width * frame.image.shape[0] / frame.image.shape[1])
+    if frame.xyz is None:
+        return _painted(frame, marks, size), None
+    above = width, round(0.75 * width)
+    view = _view(frame, _from_above(frame.xyz), marks, above, _font(max(width // 36, 10)))
+    return _photo(frame, marks, size), view
 
 
 def write_overlays(

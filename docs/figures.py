@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import ftdpp
-from ftdpp import inference, report, runs
+from ftdpp import inference, pictures, runs
 from ftdpp.data import CLASS_SETS, UNLABELLED, Frame
 from ftdpp.index import Index, few_labels, original_frames, prepare
 from ftdpp.readers import domains
@@ -179,12 +179,12 @@ def save(picture: Image.Image, name: str) -> None:
 
 def labels_picture(frame: Frame, names: tuple[str, ...]) -> Image.Image:
     """Pixels in the colours of their classes; of a LiDAR, the points where the camera sees them."""
-    table = np.full((256, 3), report.NONE, np.uint8)
-    table[: len(names)] = report.palette(names)
+    table = np.full((256, 3), pictures.NONE, np.uint8)
+    table[: len(names)] = pictures.palette(names)
     if frame.pixel is None:
         return Image.fromarray(table[frame.label])
     height, width = frame.image.shape[:2]
-    out = Image.new("RGB", (width, height), report.FLOOR)
+    out = Image.new("RGB", (width, height), pictures.FLOOR)
     draw, radius = ImageDraw.Draw(out), height / 95
     for (row, col), label in zip(frame.pixel, frame.label, strict=True):
         box = (col - radius, row - radius, col + radius, row + radius)
@@ -205,19 +205,21 @@ def world(folder: Path) -> Image.Image:
             number, classes = SHOWN[name]
             index = prepare(home, domains()[name], "train", classes, None, folder / "cache")
             frame = index.frame(number)
-            pictures = Image.fromarray(frame.image), labels_picture(frame, CLASS_SETS[classes])
-            first, second = (ImageOps.fit(p, TILE, Image.Resampling.LANCZOS) for p in pictures)
+            both = Image.fromarray(frame.image), labels_picture(frame, CLASS_SETS[classes])
+            first, second = (ImageOps.fit(p, TILE, Image.Resampling.LANCZOS) for p in both)
             tiles[name] = first, second
     (width, height), gap, font = TILE, 6, ImageFont.load_default(size=17)
     across, down = width + gap, 2 * height + 3 * gap
     size = (COLUMNS * across - gap, len(tiles) // COLUMNS * down - 2 * gap)
-    out = Image.new("RGB", size, report.BACKGROUND)
+    out = Image.new("RGB", size, pictures.BACKGROUND)
     draw = ImageDraw.Draw(out)
     for i, name in enumerate(SHOWN):
         x, y = i % COLUMNS * across, i // COLUMNS * down
         for k, tile in enumerate(tiles[name]):
             out.paste(tile, (x, y + k * (height + gap)))
-        draw.text((x + 10, y + 6), name, report.INK, font, stroke_width=2, stroke_fill=report.DARK)
+        draw.text(
+            (x + 10, y + 6), name, pictures.INK, font, stroke_width=2, stroke_fill=pictures.DARK
+        )
     return out
 
 
@@ -230,7 +232,9 @@ def predictions(run: Path) -> tuple[Image.Image, Image.Image]:
         [label] = inference.predict_frames(system, index, range(i, i + 1))
         [frame] = original_frames(index, [i])
         title = f"{domain} test: {system.recipe.method}, {system.recipe.steps} iterations"
-        pages.append(report.page(frame, report.panels_of(frame, label)[shown], NAMES, title, 1280))
+        pages.append(
+            pictures.page(frame, pictures.panels_of(frame, label)[shown], NAMES, title, 1280)
+        )
     return pages[0], pages[1]
 
 
@@ -239,12 +243,14 @@ def grid(tiles: dict[str, Image.Image], columns: int) -> Image.Image:
     (width, height), gap, font = next(iter(tiles.values())).size, 6, ImageFont.load_default(size=17)
     rows = -(-len(tiles) // columns)
     size = columns * (width + gap) - gap, rows * (height + gap) - gap
-    out = Image.new("RGB", size, report.BACKGROUND)
+    out = Image.new("RGB", size, pictures.BACKGROUND)
     draw = ImageDraw.Draw(out)
     for i, (name, tile) in enumerate(tiles.items()):
         x, y = i % columns * (width + gap), i // columns * (height + gap)
         out.paste(tile, (x, y))
-        draw.text((x + 10, y + 6), name, report.INK, font, stroke_width=2, stroke_fill=report.DARK)
+        draw.text(
+            (x + 10, y + 6), name, pictures.INK, font, stroke_width=2, stroke_fill=pictures.DARK
+        )
     return out
 
 
@@ -285,12 +291,12 @@ def weak_picture(run: Path) -> Image.Image:
     [frame] = original_frames(whole, [LEARNED])
     [label] = inference.predict_frames(system, whole, range(LEARNED, LEARNED + 1))
     given = few.frame(LEARNED).label
-    image, colours = Image.fromarray(frame.image).resize(PANEL), report.palette(NAMES)
+    image, colours = Image.fromarray(frame.image).resize(PANEL), pictures.palette(NAMES)
     draw, scale = ImageDraw.Draw(image), PANEL[1] / frame.image.shape[0]
     assert frame.pixel is not None
     for i in np.flatnonzero(given != UNLABELLED):
         row, col = frame.pixel[i] * scale
-        draw.ellipse((col - 7, row - 7, col + 7, row + 7), colours[given[i]], report.INK, 2)
+        draw.ellipse((col - 7, row - 7, col + 7, row + 7), colours[given[i]], pictures.INK, 2)
     count = int((given != UNLABELLED).sum())
     tiles = {f"{count} labels": image, "prediction": drawn(frame, label)}
     return grid(tiles | {"truth": drawn(frame, frame.label)}, 3)

@@ -1,4 +1,4 @@
-"""Writes the present number of lines of each file into the README's tree: python docs/tree.py
+"""Writes the present number of lines of each file into the tree of README.md: python docs/tree.py
 
 A line of the tree is: name, number of lines, comment; two spaces before a file inside a folder.
 """
@@ -10,11 +10,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "<!-- tree -->\n```\n"
+PAGE = ROOT / "README.md"
 WIDTH = 24  # of indent, name and number
 
 
 def update(text: str, root: Path = ROOT) -> tuple[str, set[str]]:
-    """The README with true numbers in its tree, and the files that the tree lists."""
+    """The page with true numbers in its tree, and the files that the tree lists."""
     start = text.index(MARK) + len(MARK)
     end = text.index("```", start)
     lines, folder, listed = [], "", set()
@@ -36,9 +37,8 @@ def update(text: str, root: Path = ROOT) -> tuple[str, set[str]]:
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text, listed = update(readme.read_text())
-    readme.write_text(text)
+    text, listed = update(PAGE.read_text())
+    PAGE.write_text(text)
     for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]):
         name = path.relative_to(ROOT).as_posix()
         outside = name == "__init__.py" or name.startswith(("docs/", "tests/"))

@@ -89,6 +89,7 @@ class System(nn.Module):
     # chooses the best checkpoint
     pseudo_heads: ClassVar[tuple[str, ...]] = ("2d", "3d")  # what `ftd pseudo` stores
     training_only: ClassVar[tuple[str, ...]] = ()  # networks that only training needs
+    teachers: ClassVar[Mapping[str, str]] = {}  # a network -> its moving average
     source_free: ClassVar[bool] = False  # starts from a trained network instead of source data ...
     inherited: ClassVar[tuple[str, ...]] = ()  # ... and takes these settings from it
     note: ClassVar[str] = ""  # what a user has to know of it, said at start-up

@@ -201,6 +201,7 @@ class System(ftdpp.System):
 
     Recipe = Recipe
     training_only: ClassVar[tuple[str, ...]] = ("teacher", "teacher_fusion")
+    teachers: ClassVar[dict[str, str]] = {"student": "teacher", "fusion": "teacher_fusion"}
     scenarios: ClassVar[dict[str, dict[str, Any]]] = {
         name: {**ftdpp.SCENARIOS[name], **_COMMON, **own} for name, own in _OWN.items()
     }

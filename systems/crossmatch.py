@@ -292,6 +292,7 @@ class System(Contract):
     heads = ("2d",)
     pseudo_heads = ("2d",)
     training_only = ("auxiliary", "main_teacher", "auxiliary_teacher", "thresholds")
+    teachers: ClassVar[dict[str, str]] = {"main": "main_teacher"}
     source_free = True
     inherited = ("classes", "width_2d", "image", "crop", "trunk")
     note = (

@@ -635,6 +635,7 @@ class System(Contract):
 
     Recipe = Recipe
     training_only: ClassVar[tuple[str, ...]] = ("teacher",)
+    teachers: ClassVar[dict[str, str]] = {"student": "teacher"}
     scenarios = SCENARIOS
     semi_supervised: ClassVar[dict[str, Any]] = {"supervised": "both"}
     second_stage: ClassVar[dict[str, Any]] = {"pseudo": 1.0}

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ftdpp import report
+from ftdpp import pictures
 from ftdpp.data import CLASS_SETS, UNLABELLED, Frame
-from ftdpp.report import Colour, Panel
+from ftdpp.pictures import Colour, Panel
 
 NAMES = CLASS_SETS["street6"]
 HEIGHT, WIDTH = 90, 160
@@ -46,7 +46,7 @@ def painted(picture: Image.Image, colour: Colour) -> np.ndarray:
 
 def legend_top(picture: Image.Image) -> int:
     """The legend lies below the last row of the view from above, which has a colour of its own."""
-    floor = np.argwhere((np.asarray(picture) == report.FLOOR).all(2))
+    floor = np.argwhere((np.asarray(picture) == pictures.FLOOR).all(2))
     return int(floor[:, 0].max()) + 1
 
 
@@ -107,38 +107,38 @@ def lab(colours: Sequence[Colour], vision: str) -> np.ndarray:
 @pytest.mark.parametrize("vision", list(VISION))
 @pytest.mark.parametrize("classes", list(CLASS_SETS))
 def test_classes_can_be_told_apart(classes: str, vision: str) -> None:
-    colours = report.palette(CLASS_SETS[classes])
+    colours = pictures.palette(CLASS_SETS[classes])
     seen = lab(colours, vision)
     few = len(colours) <= 11  # of nineteen no two are as far apart
     apart = 30 if few and vision == "normal" else 20 if few or vision == "normal" else 10
     for (i, a), (j, b) in itertools.combinations(enumerate(seen), 2):
         names = CLASS_SETS[classes]
         assert math.dist(a, b) > apart, (names[i], names[j])
-    others = lab([report.NONE, report.FLOOR], vision)
+    others = lab([pictures.NONE, pictures.FLOOR], vision)
     for name, a in zip(CLASS_SETS[classes], seen, strict=True):
         assert min(math.dist(a, other) for other in others) > 15, name
-    right, wrong = lab([report.RIGHT, report.WRONG], vision)
+    right, wrong = lab([pictures.RIGHT, pictures.WRONG], vision)
     assert math.dist(right, wrong) > 40
 
 
 def test_colours_are_bright_enough() -> None:
     """Three times the luminance of the ground that they stand on, as for icons on a page."""
-    luminance = linear([*report.COLOURS.values(), report.INK, report.NONE]) @ TO_XYZ[1]
-    ground = float(linear([report.FLOOR])[0] @ TO_XYZ[1])
+    luminance = linear([*pictures.COLOURS.values(), pictures.INK, pictures.NONE]) @ TO_XYZ[1]
+    ground = float(linear([pictures.FLOOR])[0] @ TO_XYZ[1])
     assert ((luminance + 0.05) / (ground + 0.05)).min() > 3
 
 
 def test_a_colour_for_every_class() -> None:
     """Known names keep theirs in every set; others get one, and no two classes share one."""
     names = [f"class {i}" for i in range(20)] + ["car", "vehicle", "road"]
-    colours = report.palette(names)
+    colours = pictures.palette(names)
     assert len(set(colours)) == len(names)
-    assert colours[20] == report.COLOURS["car"]
-    assert colours[22] == report.COLOURS["road"]
-    assert report.NONE not in colours
+    assert colours[20] == pictures.COLOURS["car"]
+    assert colours[22] == pictures.COLOURS["road"]
+    assert pictures.NONE not in colours
     for known in CLASS_SETS.values():
-        roles = [report.SAME.get(name, name) for name in known]
-        assert report.palette(known) == [report.COLOURS[role] for role in roles]
+        roles = [pictures.SAME.get(name, name) for name in known]
+        assert pictures.palette(known) == [pictures.COLOURS[role] for role in roles]
 
 
 # ---- points over the photo -----------------------------------------------------------------------
@@ -147,10 +147,10 @@ def test_a_colour_for_every_class() -> None:
 @pytest.mark.parametrize("width", [640, 1000])
 def test_points_have_the_colours_of_their_classes(width: int) -> None:
     frame = a_frame([0, 1, 2, 3, 4, 5])
-    picture = report.page(frame, [Panel("labels", frame.label)], NAMES, "title", width)
+    picture = pictures.page(frame, [Panel("labels", frame.label)], NAMES, "title", width)
     assert picture.width == width
     middles = []
-    for colour in report.palette(NAMES):
+    for colour in pictures.palette(NAMES):
         [middle] = clusters(painted(picture, colour))
         middles.append(middle)
     found = np.array(middles)
@@ -159,23 +159,23 @@ def test_points_have_the_colours_of_their_classes(width: int) -> None:
     assert np.abs(found - found[0] - scale * (PLACES - PLACES[0])).max() < 1.5
     # and the corner of the photo is where the first point says that it is
     corner = found[0] - scale * (PLACES[0] + 0.5)
-    assert corner[1] == pytest.approx(report.GAP, abs=1.5)
+    assert corner[1] == pytest.approx(pictures.GAP, abs=1.5)
 
 
 def test_points_grow_with_the_page() -> None:
     frame = a_frame([0] * 6)
     areas = []
     for width in (600, 1200):
-        picture = report.page(frame, [Panel("labels", frame.label)], NAMES, "", width)
-        areas.append(len(painted(picture, report.palette(NAMES)[0])))
+        picture = pictures.page(frame, [Panel("labels", frame.label)], NAMES, "", width)
+        areas.append(len(painted(picture, pictures.palette(NAMES)[0])))
     assert areas[1] > 3 * areas[0] > 0
 
 
 def test_points_without_a_label_are_grey() -> None:
     frame = a_frame([0, UNLABELLED, UNLABELLED, UNLABELLED, UNLABELLED, 0])
-    picture = report.page(frame, [Panel("kept", frame.label)], NAMES, "", 1600)
-    assert len(clusters(painted(picture, report.palette(NAMES)[0]))) == 2
-    assert len(clusters(painted(picture, report.NONE))) == 4
+    picture = pictures.page(frame, [Panel("kept", frame.label)], NAMES, "", 1600)
+    assert len(clusters(painted(picture, pictures.palette(NAMES)[0]))) == 2
+    assert len(clusters(painted(picture, pictures.NONE))) == 4
 
 
 def test_near_points_cover_far_ones() -> None:
@@ -183,8 +183,8 @@ def test_near_points_cover_far_ones() -> None:
     for near in (0, 1):
         frame = a_frame([0, 1], xyz[[near, 1 - near]])
         frame.pixel = PLACES[[0, 0]]
-        picture = report.page(frame, [Panel("labels", frame.label)], NAMES, "", 1000)
-        shown = [len(painted(picture, colour)) > 0 for colour in report.palette(NAMES)[:2]]
+        picture = pictures.page(frame, [Panel("labels", frame.label)], NAMES, "", 1000)
+        shown = [len(painted(picture, colour)) > 0 for colour in pictures.palette(NAMES)[:2]]
         assert shown == [near == 0, near == 1]
 
 
@@ -193,16 +193,16 @@ def test_errors_are_exactly_the_wrong_points() -> None:
     truth = [0, 1, 2, UNLABELLED, 4, 5]
     prediction = np.array([0, 2, 2, 3, UNLABELLED, 0], np.uint8)
     frame = a_frame(truth)
-    where = report.page(frame, [Panel("all", np.zeros(6, np.uint8))], NAMES, "", 1600)
-    expected = clusters(painted(where, report.palette(NAMES)[0]))
+    where = pictures.page(frame, [Panel("all", np.zeros(6, np.uint8))], NAMES, "", 1600)
+    expected = clusters(painted(where, pictures.palette(NAMES)[0]))
     assert len(expected) == 6
 
     panel = Panel("error", prediction, frame.label)
-    picture = report.page(frame, [panel], NAMES, "", 1600)
-    wrong = clusters(painted(picture, report.WRONG))
+    picture = pictures.page(frame, [panel], NAMES, "", 1600)
+    wrong = clusters(painted(picture, pictures.WRONG))
     assert np.abs(wrong - expected[[1, 5]]).max() < 1
-    assert len(clusters(painted(picture, report.RIGHT))) == 2
-    for colour in (*report.palette(NAMES), report.NONE):
+    assert len(clusters(painted(picture, pictures.RIGHT))) == 2
+    for colour in (*pictures.palette(NAMES), pictures.NONE):
         assert len(painted(picture, colour)) == 0
     assert panel.note() == "error: 50.0% of 4 labelled points wrong"
     # wrong ones have a white rim
@@ -213,9 +213,11 @@ def test_errors_are_exactly_the_wrong_points() -> None:
 
 def test_panels() -> None:
     prediction = np.zeros(6, np.uint8)
-    names = [p.name for p in report.panels_of(a_frame([0] * 6), prediction)]
+    names = [p.name for p in pictures.panels_of(a_frame([0] * 6), prediction)]
     assert names == ["prediction", "truth", "error"]
-    [only] = report.panels_of(a_frame([UNLABELLED] * 6, has_label=False), prediction, "kept labels")
+    [only] = pictures.panels_of(
+        a_frame([UNLABELLED] * 6, has_label=False), prediction, "kept labels"
+    )
     assert only.name == "kept labels"
     assert only.note() == "kept labels: 6 points"
     some = np.array([0, 1, 2, UNLABELLED, UNLABELLED, UNLABELLED], np.uint8)
@@ -229,8 +231,8 @@ def test_panels_stand_beside_each_other_or_below(image: int, below: bool) -> Non
     """Very wide images below each other; each photo shows its own labels."""
     frame = a_frame([0] * 6, width=image)
     panels = [Panel(str(c), np.full(6, c, np.uint8)) for c in range(3)]
-    picture = report.page(frame, panels, NAMES, "", 1200)
-    middles = [painted(picture, colour).mean(0) for colour in report.palette(NAMES)[:3]]
+    picture = pictures.page(frame, panels, NAMES, "", 1200)
+    middles = [painted(picture, colour).mean(0) for colour in pictures.palette(NAMES)[:3]]
     for a, b in itertools.pairwise(middles):
         step = b - a
         assert (step[0] > 100) == below
@@ -239,7 +241,7 @@ def test_panels_stand_beside_each_other_or_below(image: int, below: bool) -> Non
 
 def test_a_frame_without_points() -> None:
     frame = a_frame([], np.empty((0, 3), np.float32))
-    picture = report.page(frame, report.panels_of(frame, frame.label), NAMES, "", 600)
+    picture = pictures.page(frame, pictures.panels_of(frame, frame.label), NAMES, "", 600)
     assert picture.width == 600
 
 
@@ -264,9 +266,9 @@ def test_from_above() -> None:
     """Ahead is up, left is left, and the scale bar is as long as it says."""
     frame = a_frame([0, 1, 2, 3], wedge(np.array([1.0, 0.0])))
     frame.pixel = np.zeros((4, 2), np.int16)  # all in a corner of the photo
-    picture = report.page(frame, [Panel("labels", frame.label)], NAMES, "", 1200)
+    picture = pictures.page(frame, [Panel("labels", frame.label)], NAMES, "", 1200)
     places = []
-    for colour in report.palette(NAMES)[:4]:
+    for colour in pictures.palette(NAMES)[:4]:
         places.append(from_above(picture, colour))
     left, right, near, far = places
     assert left[1] < near[1] < right[1]
@@ -274,7 +276,7 @@ def test_from_above() -> None:
     assert near[1] == pytest.approx(far[1], abs=1.5)
     assert far[0] < near[0] < left[0]
     ten_metres = near[0] - far[0]
-    assert longest_run(picture, report.INK) == pytest.approx(ten_metres / 2, abs=4), "5 m"
+    assert longest_run(picture, pictures.INK) == pytest.approx(ten_metres / 2, abs=4), "5 m"
     assert right[1] - left[1] == pytest.approx(0.6 * ten_metres, abs=3)
 
 
@@ -291,13 +293,13 @@ def longest_run(picture: Image.Image, colour: Colour) -> int:
 
 def test_the_view_turns_with_the_camera() -> None:
     """nuScenes' LiDAR looks along y, KITTI's along x: the same street gives the same picture."""
-    pictures = []
+    drawn = []
     for forward in ((1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.6, -0.8)):
         frame = a_frame([0, 1, 2, 3], wedge(np.array(forward)))
         frame.pixel = np.zeros((4, 2), np.int16)
-        pictures.append(report.page(frame, [Panel("labels", frame.label)], NAMES, "", 800))
-    for colour in report.palette(NAMES)[:4]:
-        first, *others = (from_above(picture, colour) for picture in pictures)
+        drawn.append(pictures.page(frame, [Panel("labels", frame.label)], NAMES, "", 800))
+    for colour in pictures.palette(NAMES)[:4]:
+        first, *others = (from_above(picture, colour) for picture in drawn)
         for other in others:
             assert other == pytest.approx(first, abs=1)
 
@@ -308,7 +310,7 @@ def test_the_view_turns_with_the_camera() -> None:
 def legend_of(names: Sequence[str], width: int, error: bool = False) -> np.ndarray:
     frame = a_frame([0] * 6)
     truth = frame.label if error else None
-    picture = report.page(frame, [Panel("x", frame.label, truth)], names, "", width)
+    picture = pictures.page(frame, [Panel("x", frame.label, truth)], names, "", width)
     return np.asarray(picture)[legend_top(picture) :]
 
 
@@ -321,39 +323,41 @@ def test_the_legend_has_every_class(
     legend = legend_of(names, width, error=True)
     size = max(width // 80, 10)
     discs = []
-    for colour in [*report.palette(names), report.NONE, report.RIGHT, report.WRONG]:
+    for colour in [*pictures.palette(names), pictures.NONE, pictures.RIGHT, pictures.WRONG]:
         pixels = np.argwhere((legend == colour).all(2))
         [disc] = clusters(pixels)
         discs.append(disc)
         assert disc[1] < width - 2 * size
-    lines = [round(row / (size + report.GAP)) for row, _ in discs]
+    lines = [round(row / (size + pictures.GAP)) for row, _ in discs]
     for (a, line), (b, following) in itertools.pairwise(zip(discs, lines, strict=True)):
         assert (line, a[1]) < (following, b[1]), "in reading order"
     # each with its name beside it: another name changes the picture there and only there
     other = names[0][::-1]
-    monkeypatch.setitem(report.SAME, other, report.SAME.get(names[0], names[0]))  # of one colour
+    monkeypatch.setitem(
+        pictures.SAME, other, pictures.SAME.get(names[0], names[0])
+    )  # of one colour
     changed = legend_of((other, *names[1:]), width, error=True)
     rows, cols = np.nonzero((legend != changed).any(2))
     assert rows.max() < discs[0][0] + size
     assert discs[0][1] < cols.min()
     # nothing is cut at its right end
-    assert (legend[:, -report.GAP - 1 :] == report.BACKGROUND).all()
+    assert (legend[:, -pictures.GAP - 1 :] == pictures.BACKGROUND).all()
 
 
 def test_words_of_the_error_panel_only_where_there_is_one() -> None:
     legend = legend_of(NAMES, 1200)
-    assert not (legend == report.WRONG).all(2).any()
-    assert (legend == report.NONE).all(2).any()
+    assert not (legend == pictures.WRONG).all(2).any()
+    assert (legend == pictures.NONE).all(2).any()
 
 
 def test_a_long_title_goes_on_below() -> None:
     frame = a_frame([0] * 6)
     panels = [Panel("labels", frame.label)]
-    short = report.page(frame, panels, NAMES, "short", 600)
+    short = pictures.page(frame, panels, NAMES, "short", 600)
     for title in ("several words " * 12, "x" * 200):
-        long = report.page(frame, panels, NAMES, title, 600)
+        long = pictures.page(frame, panels, NAMES, title, 600)
         assert long.height > short.height
-        assert (np.asarray(long)[:, -report.GAP // 2 :] == report.BACKGROUND).all()
+        assert (np.asarray(long)[:, -pictures.GAP // 2 :] == pictures.BACKGROUND).all()
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -363,15 +367,15 @@ TOKENS = ["00/000001", "00_000001", "..", "../../etc/passwd", "", "a\0b", "x" * 
 
 
 def test_file_names_are_safe() -> None:
-    names = [report.file_name(token) for token in TOKENS]
+    names = [pictures.file_name(token) for token in TOKENS]
     assert len(set(names)) == len(TOKENS)
     for name in names:
         assert 0 < len(name) < 120
         assert name.isascii()
         assert not name.startswith(".")
         assert not set(name) & set("/\\\0: ")
-    assert report.file_name("n015-2018__CAM.jpg") == "n015-2018__CAM.jpg", "kept where it can be"
-    assert report.file_name("00/000001").startswith("00_000001-")
+    assert pictures.file_name("n015-2018__CAM.jpg") == "n015-2018__CAM.jpg", "kept where it can be"
+    assert pictures.file_name("00/000001").startswith("00_000001-")
 
 
 def test_write_overlays(tmp_path: Path) -> None:
@@ -380,10 +384,10 @@ def test_write_overlays(tmp_path: Path) -> None:
     predictions = [np.array([0, 1, 2, 3, 4, 0], np.uint8), np.full(6, 2, np.uint8)]
     folder = tmp_path / "pictures"
     pairs = zip(frames, predictions, strict=True)
-    written = report.write_overlays(folder, pairs, NAMES, "ftdpp")
+    written = pictures.write_overlays(folder, pairs, NAMES, "ftdpp")
     assert sorted(written) == sorted(folder.iterdir())
     assert not (tmp_path / "escape.png").exists()
     errors, plain = (Image.open(path).convert("RGB") for path in written)
-    assert len(clusters(painted(errors, report.WRONG))) == 1
-    assert len(painted(plain, report.WRONG)) == 0
-    assert len(clusters(painted(plain, report.palette(NAMES)[2]))) == 6
+    assert len(clusters(painted(errors, pictures.WRONG))) == 1
+    assert len(painted(plain, pictures.WRONG)) == 0
+    assert len(clusters(painted(plain, pictures.palette(NAMES)[2]))) == 6

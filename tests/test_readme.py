@@ -1,4 +1,5 @@
-"""The README holds: its examples run, its commands parse, a data set is one file and one row."""
+"""README and docs/ hold: examples run, commands parse, links lead somewhere, tables are made from
+files; and a data set is one file and one row."""
 
 from __future__ import annotations
 
@@ -27,13 +28,18 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 PAGES = {page.stem: page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))}
+TEXTS = {
+    **{"README.md": README, "CONTRIBUTING.md": CONTRIBUTING},
+    **{f"docs/{name}.md": text for name, text in PAGES.items()},
+}
 
 pytestmark = pytest.mark.usefixtures("on_a_cpu")
 
 
 def example(name: str) -> str:
-    """The Python block behind `<!-- example: NAME -->`."""
-    [code] = re.findall(rf"<!-- example: {name} -->\n```python\n(.*?)```", README, flags=re.S)
+    """The Python block behind `<!-- example: NAME -->`, which stands once, on whichever page."""
+    pattern = rf"<!-- example: {name} -->\n```python\n(.*?)```"
+    [code] = re.findall(pattern, "\n".join(TEXTS.values()), flags=re.S)
     return code
 
 
@@ -54,7 +60,7 @@ def lines_of_commands(text: str) -> list[str]:
 
 
 DENSE = [name for name, row in METHODS.items() if row.dense]
-COMMANDS = [*lines_of_commands(README), *lines_of_commands(CONTRIBUTING)]
+COMMANDS = list(dict.fromkeys(c for text in TEXTS.values() for c in lines_of_commands(text)))
 
 
 def parsed(command: str) -> tuple[str, dict[str, Any]]:
@@ -69,7 +75,9 @@ def parsed(command: str) -> tuple[str, dict[str, Any]]:
 
 def test_there_are_commands_of_every_kind() -> None:
     names = {name for name, _ in map(parsed, (c for c in COMMANDS if "--scan" not in c))}
-    assert {"train", "eval", "pseudo", "compare", "convert", "data check"} <= names
+    wanted = {"train", "eval", "pseudo", "predict", "compare", "table", "export", "convert"}
+    assert {*wanted, "clip", "report", "show", "data check", "data prepare"} <= names
+    assert all(lines_of_commands(TEXTS[name]) for name in ("README.md", "docs/using.md"))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -100,7 +108,7 @@ def test_a_command_that_is_wrong_would_be_found() -> None:
 
 
 def test_every_setting_that_the_text_names_exists() -> None:
-    text = "".join([README, CONTRIBUTING, *PAGES.values()])
+    text = "".join(TEXTS.values())
     named = set(re.findall(r"--set ([a-z]\w*)=", text)) - {"entropy"}  # the example's own
     assert len(named) > 8
     made = {systems.system_of(name, "usa-singapore").Recipe for name in METHODS}
@@ -121,20 +129,52 @@ def test_a_system_s_page_lists_its_settings(name: str) -> None:
     assert listed <= recipe.settings(type(r)).keys()
 
 
-@pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
-def test_links_lead_somewhere(text: str) -> None:
-    """Files that are linked are there, and so are the headings."""
-    headings = re.findall(r"^#+ (.*)$", text, flags=re.M)
-    anchors = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+def anchors(text: str) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+def broken_links(page: str, text: str) -> list[str]:
+    """Links of a page to files or headings that are not there."""
+    broken = []
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if target.startswith("#"):
-            assert target[1:] in anchors, target
-        elif not target.startswith("http"):
-            assert (ROOT / target.split("#")[0]).exists(), target
+        if not target.startswith("http"):
+            path, _, heading = target.partition("#")
+            file = (ROOT / page).parent / path if path else ROOT / page
+            if not file.exists() or (heading and heading not in anchors(file.read_text())):
+                broken.append(target)
+    return broken
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_lead_somewhere(page: str) -> None:
+    """From the folder of the page: files are there, and so are the headings."""
+    assert not broken_links(page, TEXTS[page])
+
+
+def test_a_broken_link_would_be_found() -> None:
+    links = "[a](nope.md) [b](#nope) [c](results.md#nope) [d](docs/data.md) [e](data.md) [f](#data)"
+    assert broken_links("docs/data.md", links) == [
+        *("nope.md", "#nope", "results.md#nope", "docs/data.md")
+    ]
+
+
+def test_the_front_page_is_short() -> None:
+    """A picture, two commands, the table of all systems; every page is linked."""
+    assert len(README.splitlines()) <= 330
+    lead = README.split("\n## ")[0]
+    [picture] = re.findall(r"^!\[[^\]]+\]\(([^)]+)\)$", lead, flags=re.M)
+    assert README.count("![") == 1 and (ROOT / picture).exists()
+    assert lead.index("![") < 20, "the picture comes first"
+    order = ["## Two commands", "make demo", "## Results", "<!-- results: ", "## Use it"]
+    assert sorted(order, key=README.index) == order
+    for name in PAGES:
+        assert f"](docs/{name}.md)" in README, f"the README does not link docs/{name}.md"
 
 
 def test_prose_is_not_too_wide() -> None:
-    for text in (README, CONTRIBUTING, *PAGES.values()):
+    for text in TEXTS.values():
         fenced = False
         for line in text.splitlines():
             fenced ^= line.startswith("```")
@@ -147,23 +187,29 @@ def test_prose_is_not_too_wide() -> None:
 
 
 def test_pictures() -> None:
-    """They are there, small and readable; the figure is what docs/figures.py draws."""
-    names = re.findall(r"!\[[^\]]+\]\((docs/[^)]+)\)", README)
-    assert len(names) == 4
-    names += [f"docs/{n}" for t in PAGES.values() for n in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", t)]
-    for name in names:
-        assert (ROOT / name).stat().st_size < 200_000, name
-        if name.endswith(".jpg"):
-            Image.open(ROOT / name).verify()
+    """Small and readable, with a text instead; each that is there is shown; the figure is what
+    docs/figures.py draws."""
+    shown = set()
+    for page, text in TEXTS.items():
+        for name in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text):
+            path = ((ROOT / page).parent / name).resolve()
+            assert path.stat().st_size < 200_000, name
+            if path.suffix != ".svg":
+                Image.open(path).verify()
+            shown.add(path.name)
+        assert "![](" not in text, f"{page}: a picture without a text"
+    there = {p.name for p in (ROOT / "docs").iterdir() if p.suffix in (".jpg", ".png", ".svg")}
+    assert shown == there and {"prediction.jpg", "world.jpg", "ftdpp.svg"} <= shown
     assert (ROOT / "docs/ftdpp.svg").read_text() == figures.figure()
 
 
 def test_line_counts_are_rewritten_in_the_tree_alone() -> None:
-    text, listed = tree.update(README)
+    page = tree.PAGE.read_text()
+    text, listed = tree.update(page)
     assert tree.update(text) == (text, listed)
     assert "systems/ftdpp.py" in listed
-    inside = README.split("<!-- tree -->")[1].split("```")[1].splitlines()
-    for before, after in zip(README.splitlines(), text.splitlines(), strict=True):
+    inside = page.split("<!-- tree -->")[1].split("```")[1].splitlines()
+    for before, after in zip(page.splitlines(), text.splitlines(), strict=True):
         assert before == after or before in inside
 
 
@@ -173,13 +219,17 @@ def test_tables_are_made_from_the_results() -> None:
     for page in tables.pages():
         text = page.read_text()
         assert tables.update(text) == text, f"{page.name}: run python docs/tables.py"
-    assert README.count("<!-- results: ") == README.count("<!-- /results -->") >= 3
-    found = tables.BLOCK.search(README)
-    assert found is not None
-    changed = README.replace(found[0], re.sub(r"(\d\d)\.\d ± ", r"\1.99 ± ", found[0]))
-    assert changed != README and tables.update(changed) == README
-    with pytest.raises(ValueError, match="unknown colums"):
-        tables.block("weak.json | colums: 2D")
+    least = {"README.md": 1, "docs/results.md": 3, "docs/crossmatch.md": 1, "docs/clip2uda.md": 1}
+    for name, number in {**least, "docs/weak.md": 1}.items():
+        whole = TEXTS[name]
+        blocks = tables.BLOCK.findall(whole)
+        assert len(blocks) == whole.count("<!-- results: ") == whole.count("<!-- /results -->")
+        assert len(blocks) >= number, name
+        for found in tables.BLOCK.finditer(whole):
+            cell = re.search(r"\| (\d\d\.\d)", found[0])
+            assert cell is not None
+            changed = whole.replace(found[0], found[0].replace(cell[0], "| 99.9", 1))
+            assert changed != whole and tables.update(changed) == whole
 
 
 def test_a_method_of_ones_own(

@@ -15,6 +15,7 @@ import pytest
 from ftdpp import checkpoint, results, systems
 from ftdpp.checkpoint import RunError
 from ftdpp.compare import LISTS, plan
+from ftdpp.docs import tables
 from ftdpp.tests.commands import ftd, words
 
 
@@ -108,6 +109,90 @@ def test_formats(tmp_path: Path) -> None:
     assert wrong.exit_code == 2 and "add --classes" in words(wrong)
     wrong = ftd("table", file, "--split", "train")
     assert wrong.exit_code == 1 and "no figure of the split train" in words(wrong)
+
+
+OPTIONS = "a.json b.json | layout: systems | system: "
+
+
+def table_of(text: str) -> list[list[str]]:
+    """The cells of a Markdown table."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
+
+
+def test_one_table_of_all_systems(tmp_path: Path) -> None:
+    """A block a system, with the heads that all its methods have, beside the paper's figures."""
+    other = {"scenario": "day-night", "split": "val"}
+    a_file(tmp_path / "a.json", [*ROWS, a_row("bftd", 0, {"2d": 0.1})])
+    a_file(tmp_path / "b.json", [a_row("weak[text=0,transfer=none]", 0, {"3d": 0.2}, **other)])
+    words_ = (
+        "a.json b.json\n| layout: systems\n"
+        "| system: FtD++, mine; usa-singapore; ftdpp (1) = ftdpp, ftdpp[teacher_image=none]\n"
+        "| system: Camera; usa-singapore; source-only, ftdpp\n"
+        "| system: Weak; day-night; alone = weak[text=0,transfer=none]"
+    )
+    text = tables.block(words_, tmp_path)
+    assert table_of(text) == [
+        ["**FtD++, mine**: 2D / 2D+3D", "**usa -> singapore**, test, 2 seeds"],
+        ["---", "---"],
+        ["ftdpp (1)", "51.0 / 62.0"],
+        ["ftdpp[teacher_image=none]", "50.0 / 60.0 (1 of 2 seeds)"],
+        ["**Camera**: 2D", "**usa -> singapore**, test, 2 seeds"],
+        ["source-only", "40.0 (1 of 2 seeds)"],
+        ["ftdpp", "51.0 ± 1.4"],
+        ["**Weak**: 3D", "**day -> night**, val, 1 seed"],
+        ["alone", "20.0"],
+    ]
+    sources = [line for line in text.splitlines() if line.startswith("- ")]
+    assert [line.split("`")[1] for line in sources] == [
+        *("bench/results/a.json", "bench/results/b.json")
+    ]
+    assert "`small` preset, a machine: `ftd compare`" in sources[0]
+    three = {"2d": 0.5, "3d": 0.4, "2d+3d": 0.6}
+    dense = a_row("crossmatch", 0, {"2d": 0.3}, scenario="gta5-cityscapes")
+    a_file(tmp_path / "a.json", [a_row("xmuda", 0, three), a_row("weak", 0, three), dense])
+    of_pair = OPTIONS + "A; usa-singapore; xmuda, weak | system: B; gta5-cityscapes; crossmatch"
+    assert [row[1:] for row in table_of(tables.block(of_pair, tmp_path))] == [
+        ["**usa -> singapore**, test, 1 seed", "paper"],
+        ["---", "---"],
+        ["50.0 / 40.0 / 60.0", "64.4 / 63.2 / 69.4"],
+        ["50.0 / 40.0 / 60.0", ""],
+        ["**gta5 -> cityscapes**, test, 1 seed", "paper"],
+        ["30.0", "57.7"],
+    ]
+
+
+def test_more_seeds_and_files_change_what_is_named_alone(tmp_path: Path) -> None:
+    a_file(tmp_path / "a.json", ROWS)
+    a_file(tmp_path / "b.json", [a_row("ftdpp", 2, {"2d": 0.57}), a_row("fda", 0, {"2d": 0.9})])
+    made = table_of(tables.block(OPTIONS + "A; usa-singapore; source-only, ftdpp", tmp_path))
+    assert [row[1] for row in made] == [
+        *("**usa -> singapore**, test, 3 seeds", "---", "40.0 (1 of 3 seeds)", "53.0 ± 3.6")
+    ]
+    before = tables.block("a.json | layout: systems | system: A; usa-singapore; ftdpp", tmp_path)
+    assert "62.0" in before and "b.json" not in before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("a.json | colums: 2D", "unknown colums"),
+        ("a.json | layout: pears", "unknown layout pears"),
+        ("a.json | layout: systems | rows: ftdpp", "unknown rows"),
+        ("a.json | system: A; usa-singapore; ftdpp", "unknown system"),
+        ("a.json | layout: pairs | rows: ftdpp | columns: 2D", "unknown columns"),
+        ("a.json | layout: systems | system: A; usa-singapore; ftdp", "ftdp, usa-singapore in"),
+        ("a.json | layout: systems | system: A; day-night; ftdpp", "no figure of day-night, ftdpp"),
+        ("b.json | layout: systems | system: A; usa-singapore; fda, ftdpp", "a head that all"),
+        ("c.json | layout: systems | system: A; usa-singapore; ftdpp", "several splits"),
+    ],
+)
+def test_tables_refuse_what_they_cannot_make(tmp_path: Path, options: str, message: str) -> None:
+    a_file(tmp_path / "a.json", ROWS)
+    a_file(tmp_path / "b.json", [ROWS[1], a_row("fda", 0, {"3d": 0.5})])
+    a_file(tmp_path / "c.json", [ROWS[1], {**ROWS[1], "split": "val"}])
+    with pytest.raises(ValueError, match=message):
+        tables.block(options, tmp_path)
 
 
 def test_the_first_place_that_has_a_run_counts(tmp_path: Path) -> None:
