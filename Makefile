@@ -31,12 +31,10 @@ DEMO = runs/demo
 demo: setup
 	$(BIN)/ftd compare --src day --tgt night --methods source-only,ftdpp --preset small --out $(DEMO) \
 		--set steps=256 --set milestones=192 --set val_every=128
-	@for method in source-only ftdpp; do \
-		$(BIN)/ftd eval $(DEMO)/day-night-$$method*seed0 --count 8 --overlay $(DEMO)/pictures/$$method --json > /dev/null || exit 1; \
-	done
+	$(BIN)/ftd report $(DEMO)/day-night-source-only*seed0 $(DEMO)/day-night-ftdpp*seed0 --out $(DEMO)/report.html
 	@echo
 	@echo "trained on days, tested on nights that had no labels. Table: above, and $(DEMO)/compare.json"
-	@echo "Pictures (prediction, truth, errors): $(DEMO)/pictures/source-only and $(DEMO)/pictures/ftdpp"
+	@echo "Open in a browser: $(abspath $(DEMO))/report.html (curves, confusion, and the frames where it gains and loses)"
 
 # Each test process computes on one thread: most tensors of the tests are too small for two. The golden numbers need two, which
 # must sleep where they wait for each other: awake, they take the cores from one another. No more than four processes, since each

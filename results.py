@@ -318,6 +318,16 @@ def latex(table: Table) -> str:
     )
 
 
+def as_json(made: Sequence[Table]) -> str:
+    """All tables in one array: title, columns, rows. A figure is {"mean", "deviation"}, in percent;
+    a cell of words is a string."""
+
+    def plain(cell: Cell) -> Any:
+        return cell._asdict() if isinstance(cell, Figure) else cell
+
+    return json.dumps([{**t._asdict(), "rows": [[*map(plain, r)] for r in t.rows]} for t in made])
+
+
 def as_csv(made: Sequence[Table]) -> str:
     """All tables in one file: a line a figure, so that no program has to take cells apart. What the
     paper reports is a line with its 2D, 3D and 2D+3D as they are printed."""

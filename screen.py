@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -168,11 +169,39 @@ class _Live(Progress):
             yield Text(self.below, style="dim", overflow="fold")
 
 
+class _Trend:
+    """The course of a value: means over stretches of equal length, drawn as a line of blocks."""
+
+    WIDTH = 16
+
+    def __init__(self) -> None:
+        self.means: list[float] = []
+        self.stretch: list[float] = []  # not complete yet
+        self.length = 1
+
+    def add(self, value: float) -> None:
+        self.stretch.append(value)
+        if len(self.stretch) < self.length:
+            return
+        self.means.append(statistics.fmean(self.stretch))
+        self.stretch = []
+        if len(self.means) == self.WIDTH:  # two become one
+            pairs = zip(self.means[::2], self.means[1::2], strict=True)
+            self.means = [statistics.fmean(pair) for pair in pairs]
+            self.length *= 2
+
+    def __str__(self) -> str:
+        low, high = min(self.means, default=0.0), max(self.means, default=0.0)
+        step = (high - low) / 7 or 1.0
+        return "".join("▁▂▃▄▅▆▇█"[round((value - low) / step)] for value in self.means)
+
+
 class Display:
     """View of one training or several: ETA, data-wait share, memory, every loss term.
 
-    A context manager. On a terminal a live bar; where the output is piped, a plain line at the
-    first iteration, at least every 30 seconds, and at the last one.
+    A context manager. On a terminal a live bar, and of a single training the course of each term
+    and of the validations; where the output is piped, a plain line at the first iteration, at least
+    every 30 seconds, and at the last one.
 
     Args:
         work: total in the units of `System.cost`, so that cheap and costly runs share one ETA.
@@ -191,6 +220,7 @@ class Display:
         self.begin: float | None = None
         self.paces: dict[str, _Pace] = {}  # by name of a run
         self.below: dict[str, str] = {}
+        self.trends: dict[str, dict[str, _Trend]] = {}  # by name of a run, then of a value
         self.lines = _Lines(console, clock)
         # The name stands below, where it is not cut to a column's width.
         self.live = _Live(BarColumn(40), TextColumn("{task.percentage:.0f}%"), console=console)
@@ -245,17 +275,37 @@ class Display:
         terms = " ".join(f"{term} {value:.2f}" for term, value in event.terms.items())
         if self.console.is_interactive:
             place = f"{name}: {event.iteration}/{steps}, {eta}, {speed}"
-            self._show(name, f"  {place}: {terms}")
+            if self.several:
+                self._show(name, f"  {place}: {terms}")
+            else:
+                self._show(name, f"  {place}\n{self._courses(name, event.terms)}")
             self.live.update(self.task, completed=self.done)
             return
         if self.paces.setdefault(name, _Pace(self.clock)).due() or event.iteration == steps:
             line = f"{name}: iteration {event.iteration} of {steps}, {eta}, {speed}: {terms}"
             self.console.print(line, soft_wrap=True)
 
+    def _courses(self, name: str, terms: dict[str, float]) -> str:
+        """Each value with its course, in as many columns as fit; validations behind the terms."""
+        trends = self.trends.setdefault(name, {})
+        for term, value in terms.items():
+            trends.setdefault(term, _Trend()).add(value)
+        last = {**{key: trend.means[-1] for key, trend in trends.items() if trend.means}, **terms}
+        longest = max(map(len, last))
+        cells = [
+            f"{key:<{longest}} {value:5.2f} {trends[key]!s:<{_Trend.WIDTH}}"
+            for key, value in sorted(last.items(), key=lambda item: item[0].startswith("val "))
+        ]
+        columns = max(1, (self.console.width - 2) // (len(cells[0]) + 2))
+        rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
+        return "\n".join("  " + "  ".join(row).rstrip() for row in rows)
+
     def validated(self, name: str, score: Score, best: bool, units: float) -> None:
         """Show a validation, which was `units` of work."""
         self.done += units
         self.live.update(self.task, completed=self.done)
+        for head, value in score.miou.items():
+            self.trends.setdefault(name, {}).setdefault(f"val {head}", _Trend()).add(100 * value)
         miou = ", ".join(f"{head} {value:.1%}" for head, value in score.miou.items())
         line = (
             f"  {name}: {score.checkpoint}, {score.domain} {score.split} "

@@ -184,7 +184,7 @@ def bench(
         speed.append(out, rows, dev)
 
 
-def doctor(device: Device = None) -> None:
+def doctor(device: Device = None, as_json: AsJson = False) -> None:
     """Versions, device, and every sparse operation checked on this machine: paste it into a bug
     report."""
     import importlib.metadata
@@ -206,7 +206,8 @@ def doctor(device: Device = None) -> None:
             rows.append((package, "not installed", ""))
     rows += [("device", str(dev), dev_why), ("kernels", *kernels.backend(dev))]
     console = screen.output()
-    screen.facts(console, rows)
+    if not as_json:
+        screen.facts(console, rows)
     checks = check.run(dev)
     table = [
         {
@@ -219,8 +220,12 @@ def doctor(device: Device = None) -> None:
         }
         for c in checks
     ]
+    if as_json:
+        found = {what: {"value": value, "about": about} for what, value, about in rows}
+        print(json.dumps({"machine": found, "checks": table, "ok": all(c.ok for c in checks)}))
     heading = "largest deviation from dense float64, as a share of the largest value"
-    screen.show(console, screen.plain_table(table, heading))
+    if not as_json:
+        screen.show(console, screen.plain_table(table, heading))
     if not all(c.ok for c in checks):
         raise fail(
             "a sparse operation is wrong on this machine; FTD_KERNELS=torch avoids Triton; please "

@@ -191,6 +191,7 @@ class Format(StrEnum):
     md = "md"
     latex = "latex"
     csv = "csv"
+    json = "json"
 
 
 def table(
@@ -221,7 +222,9 @@ def table(
     made = results.tables(rows, classes, head)
     if form is Format.csv:
         print(results.as_csv(made), end="")
-    for one in made if form is not Format.csv else []:
+    if form is Format.json:
+        print(results.as_json(made))
+    for one in made if form not in (Format.csv, Format.json) else []:
         if form is Format.text:
             screen.show(screen.output(), screen.results_table(one))
         elif form is Format.md:

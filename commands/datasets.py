@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from shlex import quote
 from typing import Annotated
@@ -11,6 +12,7 @@ import typer
 from ftdpp.commands.shared import (
     DATA,
     USAGE,
+    AsJson,
     Cache,
     Domain,
     Frames,
@@ -27,6 +29,7 @@ def check(
     root: Annotated[Path, typer.Argument(help="Root of the data set.")],
     domain: Domain,
     data_version: Version = None,
+    as_json: AsJson = False,
 ) -> None:
     """Count what is there and what is missing, split by split, without opening a frame."""
     from ftdpp import readers, screen
@@ -34,9 +37,12 @@ def check(
     rows = readers.check(root, known_domain("--domain", domain), data_version)
     numbers = [{name: row[name] for name in row if name != "note"} for row in rows]
     console = screen.output()
-    screen.show(console, screen.plain_table(numbers, f"{root} as {domain}"))
-    for row in rows:
-        console.print(f"{row['split']}: {row['note']}", soft_wrap=True)
+    if as_json:
+        print(json.dumps({"root": str(root), "domain": domain, "splits": rows}))
+    else:
+        screen.show(console, screen.plain_table(numbers, f"{root} as {domain}"))
+        for row in rows:
+            console.print(f"{row['split']}: {row['note']}", soft_wrap=True)
     if not any(row["frames"] for row in rows):
         raise fail(f"{root}: no frame of any split of {domain}", DATA)
     if any(row["missing"] for row in rows):

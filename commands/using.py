@@ -200,6 +200,7 @@ def pseudo(
         str | None, typer.Option(help="Domain of --data; default: the run's target.")
     ] = None,
     frames: Frames = None,
+    as_json: AsJson = False,
     overlay: Overlay = None,
     count: Count = None,
     device: Device = None,
@@ -232,6 +233,9 @@ def pseudo(
             kept = (labels.of(index.tokens[i], head).numpy() for i in chosen)
             what = f"kept pseudo-labels of {head.upper()}"
             _overlays(overlay / head, index, chosen, kept, r, title, console, what)
+    if as_json:
+        print(json.dumps({**found, "file": str(out), "title": title}))
+        return
     where = f"{plural(found['frames'], 'frame')} of {found['domain']} {found['split']}"
     heading = f"{out}: {where}, by {title}, {weights}"
     screen.show(screen.output(), screen.pseudo_table(found, heading))

@@ -158,6 +158,8 @@ def test_recipes_command() -> None:
 
 
 def test_data_commands(world: Path, cache: Path, tmp_path: Path) -> None:
+    printed = ftd("data", "check", world, "--domain", "singapore", "--json").stdout
+    assert {row["split"]: row["frames"] for row in json.loads(printed)["splits"]}["val"] == 2
     result = ftd("data", "check", world, "--domain", "singapore")
     assert result.exit_code == 0, result.output
     prepare = ("data", "prepare", world, "--domain", "singapore", "--cache", cache)
@@ -214,6 +216,8 @@ def test_a_run_on_the_built_in_world_can_be_resumed(
 
 def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FTD_KERNELS", raising=False)
+    found = json.loads(ftd("doctor", "--device", "cpu", "--json").stdout)
+    assert found["ok"] and found["machine"]["device"]["value"] == "cpu" and found["checks"]
     result = ftd("doctor", "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert "torch-scatter" in result.output

@@ -238,7 +238,9 @@ def test_pseudo_label_files_that_do_not_fit(
 ) -> None:
     """Refused before anything is prepared where the file alone tells."""
     file = tmp_path / "pseudo.safetensors"
-    assert ftd("pseudo", finished, "--out", file, "--cache", cache).exit_code == 0
+    printed = ftd("pseudo", finished, "--out", file, "--cache", cache, "--json")
+    assert printed.exit_code == 0
+    assert json.loads(printed.stdout)["kept"] == checkpoint.read_metadata(file)["kept"]
     out, empty = tmp_path / "run", tmp_path / "cache"
 
     def refused(expected: str, *more: object, method: str = "ftdpp") -> None:

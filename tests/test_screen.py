@@ -221,6 +221,39 @@ def test_every_loss_term_is_visible(width: int) -> None:
         assert wanted in text
 
 
+def test_a_course_is_drawn_in_few_blocks() -> None:
+    """Of any number of values; a stretch is their mean, and the last is the newest."""
+    trend = screen._Trend()
+    assert str(trend) == ""
+    for value in range(8):
+        trend.add(value)
+    assert str(trend) == "▁▂▃▄▅▆▇█"
+    for value in range(8, 1000):
+        trend.add(value)
+        assert len(str(trend)) <= trend.WIDTH
+    assert trend.length == 64 and trend.means[:2] == [31.5, 95.5]
+    flat = screen._Trend()
+    for _ in range(3):
+        flat.add(0.25)
+    assert str(flat) == "▁▁▁"
+
+
+def test_a_training_shows_the_course_of_terms_and_validations() -> None:
+    console = a_console(100, terminal=True)
+    display = screen.Display(console, 10.0)
+    score = Score("d", "val", "c", 1, 1, {"3d": 0.5}, {"3d": {}}, 0, [])
+    for i in range(4):
+        display.step("run", train.Step(i + 1, {"seg": 3.0 - i}, 0.5, 0.1), 9, 1.0, 2**30)
+    display.validated("run", score, True, 1.0)
+    display.step("run", train.Step(5, {"seg": 1.0}, 0.5, 0.1), 9, 1.0, 2**30)
+    below = display.live.below.splitlines()
+    assert below[0].startswith("  run: 5/9, ETA")
+    assert below[1].split() == ["seg", "1.00", "█▆▃▁▃", "val", "3d", "50.00", "▁"]
+    several = screen.Display(console, 10.0, several=True)
+    several.step("run", train.Step(1, {"seg": 3.0}, 0.5, 0.1), 9, 1.0, 2**30)
+    assert len(several.live.below.splitlines()) == 1
+
+
 def test_training_in_a_pipe() -> None:
     """The first iteration, at least one line in 30 seconds, the last; every loss term in each."""
     console, clock = a_console(40, soft_wrap=True), Clock()
