@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
+import sys
 import tempfile
+import traceback
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -88,6 +93,26 @@ def fail(message: object, code: int) -> typer.Exit:
     return typer.Exit(code)
 
 
+def written_down(error: Exception) -> str:
+    """A file with the traceback and what else a bug report needs: the command and versions."""
+    import torch
+
+    from ftdpp import machine
+
+    about = [
+        f"command: {' '.join(map(quote, ['ftd', *sys.argv[1:]]))}",
+        *(f"{name}: {version(name)}" for name in ("ftdpp", "torch", "numpy", "typer")),
+        f"python: {sys.version}",
+        f"machine: {platform.platform()}, {machine.describe(torch.device('cpu'))}",
+        "",
+        *traceback.format_exception(error),
+    ]
+    handle, path = tempfile.mkstemp(prefix="ftd-error-", suffix=".txt")
+    with open(handle, "w", errors="backslashreplace") as file:
+        file.write("\n".join(about))
+    return path
+
+
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
     """Turn the package's exceptions into a message and an exit code."""
 
@@ -120,10 +145,6 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             raise fail(error, NON_FINITE) from None
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise fail(f"out of memory ({error}); {smaller}", OUT_OF_MEMORY) from None
-        except RuntimeError as error:
-            if "can't allocate memory" not in str(error):  # how torch reports it on a CPU
-                raise
-            raise fail(f"out of memory; {smaller}", OUT_OF_MEMORY) from None
         except BrokenPipeError:  # the reader closed the pipe
             raise
         except OSError as error:
@@ -131,6 +152,16 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             raise fail(f"{what}: {error.strerror or error}", FAILED) from None
         except (Interrupted, KeyboardInterrupt) as error:
             raise fail(str(error) or "interrupted", INTERRUPTED) from None
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:  # the last line of defence: nobody foresaw it
+            if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
+                raise fail(f"out of memory; {smaller}", OUT_OF_MEMORY) from None  # on a CPU
+            words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise fail(
+                f"an error that is ours: {words}; please report it with {written_down(error)}",
+                FAILED,
+            ) from None
         finally:
             os.environ.pop("FTD_CACHE", None)
             os.environ |= {"FTD_CACHE": before} if before is not None else {}

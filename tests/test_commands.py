@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ftdpp import kernels, machine
+from ftdpp import checkpoint, kernels, machine
 from ftdpp.ftd import app
 from ftdpp.tests.commands import ftd, train_args, words
 from ftdpp.world import layouts
@@ -212,6 +212,26 @@ def test_a_run_on_the_built_in_world_can_be_resumed(
     result = ftd("train", "--resume", out)
     assert result.exit_code == 0, result.output
     assert (out / "last.safetensors").read_bytes() == before
+
+
+def test_what_nobody_foresaw_ends_in_one_line(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a file that a bug report needs; nothing of a page of traceback."""
+
+    def broken(*args: object) -> None:
+        raise KeyError("no\nsuch [red]thing")
+
+    monkeypatch.setattr(checkpoint, "load", broken)
+    found = ftd("eval", finished)
+    assert found.exit_code == 1 and "Traceback" not in found.output
+    [line] = [line for line in found.stderr.splitlines() if "an error that is ours" in line]
+    assert "KeyError: 'no\\nsuch [red]thing'; please report it with" in line
+    path = Path(line.split()[-1])
+    text = path.read_text()
+    path.unlink()
+    for word in ("command: ftd", "torch: ", "machine: ", "Traceback", "in broken", "KeyError"):
+        assert word in text
 
 
 def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,7 @@ def test_formats(tmp_path: Path) -> None:
     of_ftdpp = {row["column"]: row for row in rows if row["method"] == "ftdpp"}
     assert of_ftdpp["2D"]["mean"] == "51.000" and of_ftdpp["2D"]["deviation"] == "1.414"
     [found] = json.loads(ftd("table", file, "--format", "json").output)
-    assert found["columns"] == ["method", "2D", "3D", "paper"]
+    assert found["columns"] == ["method", "2D", "2D+3D", "paper"]
     mine = next(row for row in found["rows"] if row[0] == "ftdpp")
     assert mine[1] == {"mean": 51.0, "deviation": pytest.approx(2**0.5)}
     assert mine[3] == "69.7 / 64.6 / 69.8"
