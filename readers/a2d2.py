@@ -39,6 +39,7 @@ from ftdpp.readers.base import (
     Reader,
     missing,
     read_image,
+    regular,
     stamp,
 )
 
@@ -183,7 +184,7 @@ def _sibling(image: Path, kind: str) -> Path:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return json.loads(regular(path).read_text())
     except FileNotFoundError:
         raise DataError(
             f"{path}: missing; download it from a2d2.audi and put it into the A2D2 root"
@@ -200,7 +201,7 @@ def _read_lidar(path: Path) -> tuple[Array, Array]:
     """
     arrays: dict[str, Array] = {}
     try:
-        with path.open("rb") as stream:
+        with regular(path).open("rb") as stream:
             file = np.load(stream, allow_pickle=False)
             if isinstance(file, np.ndarray):
                 raise ValueError("one array, expected an archive of several")

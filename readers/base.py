@@ -7,6 +7,7 @@ depth in metres along the optical axis of the camera.
 from __future__ import annotations
 
 import math
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -253,8 +254,8 @@ def plural(count: int, noun: str) -> str:
 def stamp(path: Path) -> tuple[str, int, int]:
     """Path, size and modification time of a file; a missing one has size -1."""
     try:
-        stat = path.stat()
-        return str(path), stat.st_size, stat.st_mtime_ns
+        found = path.stat()
+        return str(path), found.st_size, found.st_mtime_ns
     except FileNotFoundError:
         return str(path), -1, 0
 
@@ -264,10 +265,22 @@ def missing(path: Path) -> DataError:
     return DataError(f"{path}: missing; download the part of the data set that holds it")
 
 
+def regular(path: Path) -> Path:
+    """The path of a file that can be read to its end.
+
+    Raises:
+        FileNotFoundError: it is not there. DataError: it is no file: a pipe or a device may never
+            end.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise DataError(f"{path}: is a folder, a pipe or a device, expected a file; restore it")
+    return path
+
+
 def read_array(path: Path, dtype: type[np.generic], columns: int) -> Array:
     """The numbers of a binary file, (N, columns). Raises DataError: missing, empty or truncated."""
     try:
-        content = path.read_bytes()
+        content = regular(path).read_bytes()
     except FileNotFoundError:
         raise missing(path) from None
     except OSError as error:
@@ -292,7 +305,7 @@ def open_image(path: Path, *formats: str) -> Iterator[ImageFile.ImageFile]:
     allowed = formats or ("PNG", "JPEG")
     large = f"{path}: an image of more than {PIXELS} pixels is not read; restore the original file"
     try:
-        with Image.open(path, formats=allowed) as file:
+        with Image.open(regular(path), formats=allowed) as file:
             if file.width * file.height > PIXELS:
                 raise DataError(large)
             if file.format == "PNG":

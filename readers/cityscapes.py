@@ -21,7 +21,16 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
-from ftdpp.readers.base import Array, DataError, Domain, FrameRef, RawFrame, raw_labels, read_image
+from ftdpp.readers.base import (
+    Array,
+    DataError,
+    Domain,
+    FrameRef,
+    RawFrame,
+    raw_labels,
+    read_image,
+    regular,
+)
 from ftdpp.readers.dense import DenseReader, read_16_bits, read_ids, require_known, require_size
 
 # Licence plates have the id -1 and are in no label image.
@@ -142,7 +151,7 @@ def _camera_path(disparity: Path) -> Path:
 def _read_camera(path: Path) -> tuple[float, float]:
     """Baseline in metres and focal length in pixels."""
     try:
-        camera = json.loads(path.read_bytes())
+        camera = json.loads(regular(path).read_bytes())
         numbers = float(camera["extrinsic"]["baseline"]), float(camera["intrinsic"]["fx"])
     except FileNotFoundError:
         raise DataError(

@@ -7,13 +7,13 @@ those of the released code; its class map follows the 16 classes of the lidarseg
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from typing import Annotated, ClassVar, TypeVar
 
 import numpy as np
+from msgspec import Meta, MsgspecError, Raw, Struct, ValidationError, json
 
 from ftdpp.readers.base import (
     Array,
@@ -28,6 +28,7 @@ from ftdpp.readers.base import (
     raw_labels,
     read_array,
     read_image,
+    regular,
     rotation,
     stamp,
 )
@@ -213,42 +214,112 @@ def _table_files(directory: Path) -> list[Path]:
     return [directory / f"{name}.json" for name in _TABLES]
 
 
+class _Row(Struct):
+    """A row of a table: the columns that are read, each of its type; others may be there."""
+
+
+class _Sensor(_Row):
+    token: str
+    channel: str
+
+
+class _Calibrated(_Row):
+    token: str
+    sensor_token: str
+    rotation: tuple[float, float, float, float]
+    translation: tuple[float, float, float]
+    camera_intrinsic: tuple[tuple[float, float, float], ...]  # none of a LiDAR
+
+
+class _SampleData(_Row):
+    token: str
+    sample_token: str
+    ego_pose_token: str
+    calibrated_sensor_token: str
+    filename: str
+    is_key_frame: bool
+    height: Annotated[int, Meta(ge=0)] | None = None
+    width: Annotated[int, Meta(ge=0)] | None = None
+
+
+class _EgoPose(_Row):
+    token: str
+    rotation: tuple[float, float, float, float]
+    translation: tuple[float, float, float]
+
+
+class _Scene(_Row):
+    token: str
+    log_token: str
+    name: str
+    description: str
+
+
+class _Log(_Row):
+    token: str
+    location: str
+
+
+class _Sample(_Row):
+    token: str
+    scene_token: str
+    timestamp: int
+
+
+class _Label(_Row):
+    sample_data_token: str
+    filename: str
+
+
+class _Category(_Row):
+    name: str
+    index: Annotated[int, Meta(ge=0, le=255)]
+
+
+R = TypeVar("R", bound=_Row)
+
+
 def _table(
-    directory: Path, name: str, keep: Callable[[dict[str, Any]], bool] = lambda row: True
-) -> list[Any]:
-    """Rows of a table. `keep` decides during parsing: most of the 2.6 million rows of sample_data
-    and ego_pose belong to frames between the key frames, and would fill gigabytes."""
-    path = directory / f"{name}.json"
+    directory: Path, name: str, kind: type[R], keep: Callable[[R], bool] = lambda row: True
+) -> list[R]:
+    """Rows of a table, decoded one after another, each against its declared columns. `keep` decides
+    at once: most of the 2.6 million rows of sample_data and ego_pose belong to frames between the
+    key frames, and would fill gigabytes.
+
+    Raises:
+        DataError: no such table, no JSON, or a row with a column missing or of another type.
+    """
+    path, kept, number = directory / f"{name}.json", [], -1
+    decoder = json.Decoder(kind)
     try:
-        with path.open() as file:
-            rows = json.load(file, object_hook=lambda row: row if keep(row) else None)
-        if not isinstance(rows, list):
-            raise ValueError("expected a list of rows")
+        for raw in json.decode(regular(path).read_bytes(), type=list[Raw]):
+            number += 1
+            row = decoder.decode(raw)
+            if keep(row):
+                kept.append(row)
     except FileNotFoundError:
         raise DataError(
             f"{path}: missing; expected a nuScenes table, download its metadata"
         ) from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        where = f"row {number}: " if isinstance(error, ValidationError) and number >= 0 else ""
         raise DataError(
-            f"{path}: not a readable nuScenes table ({error!r}); download it again"
+            f"{path}: not a readable nuScenes table ({where}{error}); download it again"
         ) from None
-    rows = [row for row in rows if row is not None]
-    if not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path}: a row is not a record of names and values; download it again")
-    return rows
+    return kept
 
 
-def _below(root: Path, table: Path, name: object) -> Path:
+def _below(root: Path, table: Path, name: str) -> Path:
     """The file that a table names. Raises DataError for one that is not below the root."""
-    plain = PurePosixPath(name) if isinstance(name, str) else PurePosixPath("/")
-    if plain.is_absolute() or ".." in plain.parts or not plain.parts:
+    plain = PurePosixPath(name)
+    if plain.is_absolute() or ".." in plain.parts or not plain.parts or "\0" in name:
         raise DataError(
             f"{table}: file name {name!r}, expected a path below {root}; download the table again"
         )
     return root / plain
 
 
-@lru_cache(maxsize=2)  # parsing the full tables takes half a minute, and each split asks
+@lru_cache(maxsize=2)  # the full tables take seconds, and each split asks
 def _key_frames(
     root: Path, directory: Path, stamps: tuple[tuple[str, int, int], ...]
 ) -> list[tuple[FrameRef, str, str]]:
@@ -262,83 +333,72 @@ def _key_frames(
         raise DataError(
             f"{directory}: tables do not fit together, {error} is not found; download them again"
         ) from None
-    except (TypeError, AttributeError) as error:
-        raise DataError(
-            f"{directory}: a table holds a value of another kind ({error}); download them again"
-        ) from None
 
 
 def _join_tables(root: Path, directory: Path) -> list[tuple[FrameRef, str, str]]:
-    channel = {row["token"]: row["channel"] for row in _table(directory, "sensor")}
+    channel = {row.token: row.channel for row in _table(directory, "sensor", _Sensor)}
     sensors = {
-        row["token"]: row
-        for row in _table(directory, "calibrated_sensor")
-        if channel[row["sensor_token"]] in ("LIDAR_TOP", "CAM_FRONT")
+        row.token: row
+        for row in _table(directory, "calibrated_sensor", _Calibrated)
+        if channel[row.sensor_token] in ("LIDAR_TOP", "CAM_FRONT")
     }
-    files: dict[tuple[str, str], dict[str, Any]] = {}  # (sample, channel) -> its key-frame file
-    for row in _table(
+    files: dict[tuple[str, str], _SampleData] = {}  # (sample, channel) -> its key-frame file
+    for data in _table(
         directory,
         "sample_data",
-        lambda row: row["is_key_frame"] and row["calibrated_sensor_token"] in sensors,
+        _SampleData,
+        lambda row: row.is_key_frame and row.calibrated_sensor_token in sensors,
     ):
-        sensor = sensors[row["calibrated_sensor_token"]]["sensor_token"]
-        files[row["sample_token"], channel[sensor]] = row
-    wanted = {row["ego_pose_token"] for row in files.values()}
+        sensor = sensors[data.calibrated_sensor_token].sensor_token
+        files[data.sample_token, channel[sensor]] = data
+    wanted = {row.ego_pose_token for row in files.values()}
     poses = {
-        row["token"]: row
-        for row in _table(directory, "ego_pose", lambda row: row["token"] in wanted)
+        row.token: row
+        for row in _table(directory, "ego_pose", _EgoPose, lambda row: row.token in wanted)
     }
-    scenes = {row["token"]: row for row in _table(directory, "scene")}
-    location = {row["token"]: row["location"] for row in _table(directory, "log")}
+    scenes = {row.token: row for row in _table(directory, "scene", _Scene)}
+    location = {row.token: row.location for row in _table(directory, "log", _Log)}
     # Without lidarseg.json frames have no labels, and category.json has no column `index`, either.
-    lidarseg = _table(directory, "lidarseg") if (directory / "lidarseg.json").exists() else []
     table = directory / "lidarseg.json"
-    labels = {row["sample_data_token"]: _below(root, table, row["filename"]) for row in lidarseg}
+    lidarseg = _table(directory, "lidarseg", _Label) if table.exists() else []
+    labels = {row.sample_data_token: _below(root, table, row.filename) for row in lidarseg}
     categories: tuple[tuple[int, str], ...] = ()
     if lidarseg:
-        categories = tuple((row["index"], row["name"]) for row in _table(directory, "category"))
-        if not all(type(i) is int and 0 <= i < 256 and isinstance(n, str) for i, n in categories):
+        categories = tuple((r.index, r.name) for r in _table(directory, "category", _Category))
+        if len(dict(categories)) < len(categories):
             raise DataError(
-                f"{directory / 'category.json'}: expected an index of 0 to 255 and a name in each "
-                "row; download it again"
+                f"{directory / 'category.json'}: two categories have one index; download it again"
             )
     table = directory / "sample_data.json"
 
     frames = []
     for sample in sorted(
-        _table(directory, "sample"),
-        key=lambda row: (scenes[row["scene_token"]]["name"], row["timestamp"]),
+        _table(directory, "sample", _Sample),
+        key=lambda row: (scenes[row.scene_token].name, row.timestamp),
     ):
-        scene, token = scenes[sample["scene_token"]], sample["token"]
-        texts = scene["name"], scene["description"], location[scene["log_token"]]
-        if not all(isinstance(text, str) for text in texts):
-            raise DataError(
-                f"{directory}: a scene or its log holds {texts}, expected texts; download "
-                "scene.json and log.json again"
-            )
+        scene, token = scenes[sample.scene_token], sample.token
         lidar, camera = files[token, "LIDAR_TOP"], files[token, "CAM_FRONT"]
-        moves = [  # sensor, ego, world at the sweep's time; world, ego, camera at the image's
-            (sensors[lidar["calibrated_sensor_token"]], False),
-            (poses[lidar["ego_pose_token"]], False),
-            (poses[camera["ego_pose_token"]], True),
-            (sensors[camera["calibrated_sensor_token"]], True),
+        moves: list[tuple[_Calibrated | _EgoPose, bool]] = [
+            (sensors[lidar.calibrated_sensor_token], False),  # sensor, ego, world ...
+            (poses[lidar.ego_pose_token], False),  # ... at the sweep's time;
+            (poses[camera.ego_pose_token], True),  # world, ego, camera ...
+            (sensors[camera.calibrated_sensor_token], True),  # ... at the image's
         ]
-        stated = camera.get("height") and camera.get("width")
         ref = FrameRef(
             token=token,
-            scene=scene["name"],
+            scene=scene.name,
             reader=NuScenes.name,
-            image_path=_below(root, table, camera["filename"]),
-            points_path=_below(root, table, lidar["filename"]),
-            label_path=labels.get(lidar["token"]),
-            image_size=(camera["height"], camera["width"]) if stated else None,
+            image_path=_below(root, table, camera.filename),
+            points_path=_below(root, table, lidar.filename),
+            label_path=labels.get(lidar.token),
+            image_size=(camera.height, camera.width) if camera.height and camera.width else None,
             calib=make_calib(
                 directory / "calibrated_sensor.json / ego_pose.json",
-                [(row["rotation"], row["translation"], inverse) for row, inverse in moves],
-                sensors[camera["calibrated_sensor_token"]]["camera_intrinsic"],
+                [(row.rotation, row.translation, inverse) for row, inverse in moves],
+                sensors[camera.calibrated_sensor_token].camera_intrinsic,
             ),
             categories=categories,
-            stem=lidar["token"],
+            stem=lidar.token,
         )
-        frames.append((ref, location[scene["log_token"]], scene["description"]))
+        frames.append((ref, location[scene.log_token], scene.description))
     return frames

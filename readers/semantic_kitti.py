@@ -28,6 +28,7 @@ from ftdpp.readers.base import (
     raw_labels,
     read_array,
     read_image,
+    regular,
 )
 
 SEQUENCES = {  # domain -> split -> sequences
@@ -190,7 +191,9 @@ class SemanticKitti(Reader):
 
 def _read_calib(path: Path) -> Calib:
     try:
-        rows = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
+        rows = dict(
+            line.split(":", 1) for line in regular(path).read_text().splitlines() if ":" in line
+        )
         p2, tr = (np.array(rows[key].split(), np.float64).reshape(3, 4) for key in ("P2", "Tr"))
     except FileNotFoundError:
         raise DataError(

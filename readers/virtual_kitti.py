@@ -26,6 +26,7 @@ from ftdpp.readers.base import (
     Reader,
     inside_image,
     read_image,
+    regular,
 )
 
 SEQUENCES = ("0001", "0002", "0006", "0018", "0020")
@@ -116,7 +117,7 @@ class VirtualKitti(Reader):
 def _read_cloud(path: Path) -> Array:
     """The (N, 7) floating-point numbers of a cloud, still on disk; nothing is unpickled."""
     try:
-        cloud = np.load(path, mmap_mode="r", allow_pickle=False)
+        cloud = np.load(regular(path), mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"{path}: missing; make the point cloud again") from None
     except (

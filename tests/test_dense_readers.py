@@ -325,7 +325,7 @@ NOT_A_PNG: list[tuple[Damage, str]] = [
     (holding(header(10000, 10000, 16, 2)), f"more than {1 << 24} pixels"),
     (holding(header(60000, 60000)), f"more than {1 << 24} pixels"),
     (lambda path: picture(0, WIDTH, HEIGHT).save(path, format="JPEG"), "not a readable PNG"),
-    (folder, "not a readable PNG"),
+    (folder, "expected a file"),
     (Path.unlink, "missing; download"),
 ]
 SPECIAL: list[tuple[dict[str, str], Damage, str]] = [

@@ -285,14 +285,43 @@ CORRUPTIONS: list[tuple[str, Callable[[Path], object], str]] = [
     (TABLE, swap('"samples/', '"../samples/'), r"\.\./samples.*expected a path below"),
     (TABLE, swap('"samples/', '"/etc/'), "expected a path below"),
     ("v1.0-mini/lidarseg.json", swap('"lidarseg/', '"../'), "expected a path below"),
-    ("v1.0-mini/category.json", swap('"index": 1}', '"index": 1000000000}'), "0 to 255"),
-    ("v1.0-mini/category.json", swap('"index": 1}', '"index": -1}'), "0 to 255"),
-    ("v1.0-mini/scene.json", lambda path: path.write_text("[1, 2]"), "not a record"),
+    (
+        "v1.0-mini/category.json",
+        swap('"index": 1}', '"index": 1000000000}'),
+        r"row 1: .* <= 255.*index",
+    ),
+    ("v1.0-mini/category.json", swap('"index": 1}', '"index": -1}'), r"row 1: .* >= 0.*index"),
+    (
+        "v1.0-mini/category.json",
+        swap('"index": 1}', '"index": 0}'),
+        "two categories have one index",
+    ),
+    ("v1.0-mini/category.json", swap('"index": 1}', '"index": 1.5}'), "Expected `int`"),
+    ("v1.0-mini/category.json", swap('"index": 1}', '"index": "1"}'), "Expected `int`"),
+    (
+        "v1.0-mini/category.json",
+        swap('"index": 1}', '"other": 1}'),
+        "missing required field `index`",
+    ),
+    (
+        "v1.0-mini/sample.json",
+        swap('"timestamp": 1', '"timestamp": null, "x": 1'),
+        "Expected `int`",
+    ),
+    ("v1.0-mini/scene.json", swap('"name": "', '"name": null, "x": "'), r"Expected `str`.*name"),
+    (
+        "v1.0-mini/scene.json",
+        swap('"name": "', '"name": "\\ud800'),
+        "not a readable nuScenes table",
+    ),
+    ("v1.0-mini/log.json", swap('"token": "', '"token": ["a"], "x": "'), r"Expected `str`.*token"),
+    (TABLE, swap('"samples/', '"samples/\\u0000'), "expected a path below"),
+    ("v1.0-mini/scene.json", lambda path: path.write_text("[1, 2]"), "Expected `object`"),
     ("v1.0-mini/scene.json", lambda path: path.write_text("[" * 100_000), "not a readable"),
     (
         "v1.0-mini/ego_pose.json",
         swap('"translation": [0', '"translation": [1' + "0" * 400),
-        "not made of numbers",
+        "Number out of range",
     ),
     # Only PNG and JPEG: Pillow hands PostScript to another program.
     (
@@ -302,8 +331,8 @@ CORRUPTIONS: list[tuple[str, Callable[[Path], object], str]] = [
     ),
     (PHOTO, lambda path: picture(0, 40, 20).save(path, "BMP"), "not a readable image"),
     (PHOTO, lambda path: Image.new("1", (5000, 5000)).save(path), "more than 16777216 pixels"),
-    (CALIBRATION, swap("300", "NaN"), "non-finite"),
-    (CALIBRATION, swap("300", '"x"'), "numbers"),
+    (CALIBRATION, swap("300", "NaN"), "JSON is malformed"),
+    (CALIBRATION, swap("300", '"x"'), "Expected `float`"),
 ]
 
 
