@@ -11,9 +11,11 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Required, TypedDict
 
+import msgspec
 import torch
+from msgspec import Meta
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,6 +26,63 @@ from ftdpp.recipe import RecipeError, from_dict
 from ftdpp.systems import METHODS, build, system_of
 
 FORMAT = 2  # of checkpoints and pseudo-label files
+
+
+Count = Annotated[int, Meta(ge=0)]
+
+
+class Best(TypedDict):
+    """The validation that chose best.safetensors."""
+
+    iteration: Count
+    split: str
+    miou: dict[str, float]
+
+
+class Metadata(TypedDict, total=False):
+    """What a file of ours says of itself; which of it is there depends on its kind."""
+
+    format: Required[int]
+    class_names: list[str]
+    # a checkpoint
+    recipe: dict[str, Any]
+    iteration: Count
+    # ... of a training
+    given: list[str]  # settings that the user chose
+    seed: Count
+    processes: Annotated[int, Meta(ge=1)]
+    best: Best | None
+    validation_owed: bool
+    torch: str
+    data: dict[str, str]  # stream -> digest
+    pseudo: str | None  # digests of what it began with
+    pretrained: str | None
+    source: str | None
+    frozen: str | None
+    # ... converted from released ones
+    converted_from: dict[str, str]
+    # pseudo-labels
+    scenario: str
+    method: str
+    classes: str
+    checkpoint: str
+    weights: str
+    content: str
+    frames: Count
+    domain: str
+    split: str
+    image_size: tuple[int, int] | None
+    thresholds: dict[str, list[float]]  # head -> class by class
+    kept: dict[str, list[Count]]
+    predicted: dict[str, list[Count]]
+    labels: str
+
+
+# What the checkpoint of a training has, and one that only predicts may lack.
+OF_A_TRAINING = (
+    *("given", "seed", "processes", "best", "validation_owed", "data"),
+    *("pseudo", "pretrained", "source", "frozen"),
+)
 
 
 class RunError(Exception):
@@ -67,12 +126,32 @@ def read_metadata(path: Path) -> dict[str, Any]:
             "with: ftd convert"
         )
     try:
-        meta = json.loads(text)
-    except ValueError as error:
-        raise RunError(f"{path}: its metadata is damaged ({error})") from None
-    found = meta.get("format") if isinstance(meta, dict) else meta
-    if found != FORMAT:
+        meta: dict[str, Any] = msgspec.json.decode(text, type=Metadata)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise RunError(f"{path}: its metadata is damaged ({error}); make it anew") from None
+    if meta["format"] != FORMAT:
+        found = meta["format"]
         raise RunError(f"{path}: format {found!r}, this version reads {FORMAT}; make it anew")
+    if "recipe" in meta and "iteration" not in meta:
+        raise RunError(f"{path}: its metadata is damaged (no iteration); make it anew")
+    return meta
+
+
+def read_training(path: Path) -> dict[str, Any]:
+    """The metadata of a checkpoint that a training can go on from.
+
+    Raises:
+        RunError: it is none; it was converted from released ones; or it is damaged.
+    """
+    meta = read_metadata(path)
+    if "converted_from" in meta:
+        raise RunError(
+            f"{path}: converted from released checkpoints, which hold no optimiser state: it can "
+            "be evaluated, and no training goes on from it"
+        )
+    missing = [key for key in ("recipe", *OF_A_TRAINING) if key not in meta]
+    if missing:
+        raise RunError(f"{path}: its metadata is damaged (no {missing[0]}); begin anew")
     return meta
 
 

@@ -387,7 +387,7 @@ class Comparison:
         last = job.out / "last.safetensors"
         if not last.exists():
             return None
-        meta = checkpoint.read_metadata(last)
+        meta = checkpoint.read_training(last)
         if meta["iteration"] < job.recipe.steps or meta["validation_owed"]:
             return None
         try:

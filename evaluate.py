@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -13,15 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor
 
-from ftdpp.checkpoint import FORMAT, RunError, digest, read_metadata, save
+from ftdpp.checkpoint import FORMAT, RunError, digest, save
 from ftdpp.data import CLASS_SETS, IGNORE, UNLABELLED, Batch, Frame, collate, sample
 from ftdpp.files import Progress
 from ftdpp.index import Index, original_frames, require_labels
+from ftdpp.pseudo_labels import made_from, stage_identity
 from ftdpp.recipe import Recipe
-from ftdpp.systems import system_of
 
 # ---- protocol ----------------------------------------------------------------------------------
 
@@ -183,18 +181,6 @@ def compared(
 # ---- pseudo-labels -----------------------------------------------------------------------------
 
 
-def stage_identity(r: Recipe) -> dict[str, str]:
-    """What a pseudo-label file and a second stage must share."""
-    return {"scenario": r.scenario, "method": r.method, "classes": r.classes}
-
-
-def made_from(index: Index) -> dict[str, Any]:
-    """What a pseudo-label file is about, for people: domain, split and image size."""
-    identity = index.identity
-    split = identity["split"] or "chosen frames"
-    return {"domain": identity["domain"], "split": split, "image size": identity["size"]}
-
-
 @torch.no_grad()
 def write_pseudo_labels(
     path: Path,
@@ -262,66 +248,3 @@ def write_pseudo_labels(
     meta["labels"] = digest(tensors)
     save(path, tensors, meta)
     return meta
-
-
-def check_pseudo_file(path: Path, r: Recipe) -> dict[str, Any]:
-    """The metadata of a pseudo-label file that a run with this recipe can train on.
-
-    Raises:
-        RunError: unreadable, of another scenario, method or class set, or keeping nothing.
-    """
-    meta = read_metadata(path)
-    if "thresholds" not in meta:
-        raise RunError(f"{path}: not a pseudo-label file; make one with: ftd pseudo RUN --out FILE")
-    for key, wanted in stage_identity(r).items():
-        if meta.get(key) != wanted:
-            raise RunError(
-                f"{path}: made for {key} {meta.get(key)!r}, this run has {wanted!r}; make one from "
-                f"a run of this {key} with: ftd pseudo RUN --out FILE"
-            )
-    heads = system_of(r.method, r.scenario).pseudo_heads
-    if not all(sum(meta["kept"].get(head, [])) for head in heads):
-        raise RunError(f"{path}: keeps no label; train the first stage longer")
-    return meta
-
-
-class PseudoLabels:
-    """A file that `write_pseudo_labels` wrote, checked against the run that trains on it.
-
-    Raises:
-        RunError: see `check_pseudo_file`; or it was made from other frames.
-    """
-
-    def __init__(self, path: Path, r: Recipe, index: Index) -> None:
-        self.path, self.meta = path, check_pseudo_file(path, r)
-        if self.meta["content"] != index.fingerprint["content"]:
-            mine = {**made_from(index), "frames": len(index)}
-            differing = [
-                f"{key} {self.meta[key]} instead of {value}"
-                for key, value in mine.items()
-                if self.meta.get(key, value) != value
-            ]
-            raise RunError(
-                f"{path}: not made from this run's unlabelled target: "
-                f"{', '.join(differing) or 'other frames or points'}; make one from a first stage "
-                "with the same data, image size and frames: ftd pseudo RUN --out FILE"
-            )
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the open file: a data loading process opens its own."""
-        return {"path": self.path, "meta": self.meta}
-
-    @functools.cached_property
-    def _file(self) -> Any:
-        return safe_open(self.path, "pt")
-
-    def of(self, token: str, head: str) -> Tensor:
-        """(M,) u8 labels of all points of a frame, 255 where none was kept."""
-        return self._file.get_tensor(f"{token}/{head}")
-
-    def attach(self, batch: Batch) -> None:
-        """Set `batch.pseudo`: for each head (N,) int64, -100 where no label was kept."""
-        for head in self.meta["kept"]:
-            frames = zip(batch.tokens, batch.keep, strict=True)
-            label = torch.cat([self.of(token, head)[keep] for token, keep in frames]).long()
-            batch.pseudo[head] = label.masked_fill(label == UNLABELLED, IGNORE)

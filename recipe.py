@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
+import msgspec
+
 from ftdpp.data import CLASS_SETS, GRID
 
 R = TypeVar("R", bound="Recipe")
@@ -240,15 +242,17 @@ def from_dict(cls: type[R], values: Mapping[str, Any]) -> R:
     """A recipe from a checkpoint's metadata. A setting that came later has its default.
 
     Raises:
-        RecipeError: it has a setting, or a class set, that this version does not know.
+        RecipeError: it has a setting, or a class set, that this version does not know, a value of
+            another type, or breaks a rule.
     """
     known = {f.name for f in dataclasses.fields(cls)}
     for name in sorted(values.keys() - known):
         raise RecipeError(f"the setting {name!r}, which this version does not know")
-    stored: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-    }
-    made = cls(**stored)
+    try:
+        made = msgspec.convert(values, type=cls)
+    except msgspec.ValidationError as error:
+        raise RecipeError(f"a setting of another type ({error})") from None
     if made.classes not in CLASS_SETS:
         raise RecipeError(f"the class set {made.classes!r}, which this version does not know")
+    made.check()
     return made

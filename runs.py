@@ -11,16 +11,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
+import msgspec
 import torch
 from torch import Tensor
 
 from ftdpp import checkpoint, files, machine, readers, systems
 from ftdpp.checkpoint import RunError
-from ftdpp.evaluate import PseudoLabels
 from ftdpp.files import Progress
 from ftdpp.index import Index, few_labels, prepare, require_depth, require_frames
+from ftdpp.pseudo_labels import PseudoLabels
 from ftdpp.readers import DataError, list_frames, plural
 from ftdpp.recipe import Recipe, settings
 from ftdpp.systems import clip
@@ -327,6 +328,38 @@ def is_target(folder: Path, origin: Origin) -> bool:
 # ---- run.json ----------------------------------------------------------------------------------
 
 
+class _OriginRecord(TypedDict):
+    domain: str
+    root: str
+    version: str | None
+    frames: list[str] | None
+
+
+class _Print(TypedDict):
+    """The part of an index's fingerprint that is shown."""
+
+    frames: int
+    points: int
+    content: str
+
+
+class Record(TypedDict):
+    """What run.json holds."""
+
+    command: list[str]
+    recipe: dict[str, Any]
+    seed: int
+    origins: dict[str, _OriginRecord]
+    built_in: bool
+    cache: str
+    pseudo: str | None
+    source: str | None
+    threads: Annotated[int, msgspec.Meta(ge=1)]
+    versions: dict[str, str]
+    git: str | None
+    data: dict[str, _Print]
+
+
 def write_record(run: Run, places: Places, threads: int, source: Path | None = None) -> None:
     """run.json: what a person or `ftd train --resume` has to know of a run.
 
@@ -354,7 +387,7 @@ def write_record(run: Run, places: Places, threads: int, source: Path | None = N
     files.write(run.out / "run.json", json.dumps(record, indent=1).encode())
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
+def read_record(folder: Path) -> Record | None:
     """The run.json of a folder; None where there is none.
 
     Raises:
@@ -364,17 +397,16 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        record = json.loads(path.read_text())
-        recorded_places(record)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        record = msgspec.json.decode(path.read_bytes(), type=Record)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise RunError(
-            f"{path}: damaged ({error!r}); name the data with --data and --domain, and a "
+            f"{path}: damaged ({error}); name the data with --data and --domain, and a "
             "checkpoint instead of RUN"
         ) from None
     return record
 
 
-def recorded_places(record: dict[str, Any]) -> Places:
+def recorded_places(record: Record) -> Places:
     """Where the data of a recorded run came from."""
     origins = {
         side: Origin(row["domain"], Path(row["root"]), row["version"], row["frames"])

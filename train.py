@@ -27,16 +27,17 @@ from ftdpp.checkpoint import (
     RunError,
     digest,
     load_state,
-    read_metadata,
     read_tensors,
+    read_training,
     save,
 )  # fmt: skip
 from ftdpp.checkpoint import stored_recipe as recipe_of
 from ftdpp.data import CLASS_SETS, Augment, Batch, collate, sample
-from ftdpp.evaluate import PseudoLabels, Score, batches_of, evaluate
+from ftdpp.evaluate import Score, batches_of, evaluate
 from ftdpp.files import Log, Progress
 from ftdpp.index import Index, require_labels
 from ftdpp.losses import log_smoothed_weights
+from ftdpp.pseudo_labels import PseudoLabels
 from ftdpp.recipe import Recipe, settings
 from ftdpp.systems import AUGMENT, ORDER, Chance, Stream, generator
 
@@ -274,16 +275,21 @@ class Run:
             RunError: it is missing or damaged, or was made with another recipe, seed or data.
         """
         path = self.last_path
-        meta, mine = read_metadata(path), json.loads(json.dumps(self.metadata()))
+        meta, mine = read_training(path), json.loads(json.dumps(self.metadata()))
+        if meta["iteration"] > self.recipe.steps:
+            raise RunError(
+                f"{path}: at iteration {meta['iteration']} of {self.recipe.steps}; the file is "
+                "damaged, begin anew"
+            )
         ended = meta["iteration"] == self.recipe.steps and not meta["validation_owed"]
-        if meta.get("processes", 1) != mine["processes"] and not ended:
+        if meta["processes"] != mine["processes"] and not ended:
             raise RunError(
                 f"{path}: made by {meta.get('processes', 1)} processes, these are "
                 f"{mine['processes']}; another number would draw other frames: go on with "
                 f"torchrun --nproc-per-node={meta.get('processes', 1)}, or begin anew"
             )
         for key in ("seed", "data", "pseudo", "pretrained", "source", "frozen"):
-            if meta.get(key) != mine[key]:
+            if meta[key] != mine[key]:
                 raise RunError(
                     f"{path}: made with another {key} than this command's; the run began with what "
                     f"{self.out / 'run.json'} names; go on with that, or choose another --out"

@@ -109,8 +109,8 @@ def train(
     """Train on SRC, adapt to TGT; with --from RUN, adapt a trained network without source data.
     Leaves last.safetensors, best.safetensors, log.csv, val.csv and run.json in the run folder, of
     some methods audit.csv."""
-    from ftdpp import evaluate as protocol
     from ftdpp import kernels, parallel, recipe, runs, screen, systems
+    from ftdpp.pseudo_labels import check_pseudo_file
     from ftdpp.readers import plural
 
     console = screen.messages()
@@ -167,7 +167,7 @@ def train(
             USAGE,
         )
     if pseudo is not None:
-        protocol.check_pseudo_file(pseudo, r)
+        check_pseudo_file(pseudo, r)
     if ssda and tgt_frames:
         raise recipe.RecipeError(
             "--ssda takes labelled and unlabelled frames from the official lists; drop --tgt-frames"
@@ -275,7 +275,7 @@ def _resume(
     last = folder / "last.safetensors"
     if not folder.is_dir() or not last.exists():
         raise checkpoint.RunError(f"{folder}: nothing to resume, no last.safetensors is in it")
-    record, meta = runs.read_record(folder), checkpoint.read_metadata(last)
+    record, meta = runs.read_record(folder), checkpoint.read_training(last)
     if record is None:
         raise checkpoint.RunError(
             f"{folder}: there is no run.json, so where its data lies is unknown; begin anew"

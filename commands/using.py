@@ -211,6 +211,7 @@ def pseudo(
     ftd train ... --pseudo FILE."""
     from ftdpp import evaluate as protocol
     from ftdpp import runs, screen
+    from ftdpp.pseudo_labels import PseudoLabels
     from ftdpp.readers import plural
 
     console = screen.messages()
@@ -228,7 +229,7 @@ def pseudo(
         found = protocol.write_pseudo_labels(out, system, index, weights, dev, tell)
     title = runs.title(r, tuple(meta.get("given", ())))
     if overlay is not None:
-        chosen, labels = range(min(count or 4, len(index))), protocol.PseudoLabels(out, r, index)
+        chosen, labels = range(min(count or 4, len(index))), PseudoLabels(out, r, index)
         for head in system.pseudo_heads:
             kept = (labels.of(index.tokens[i], head).numpy() for i in chosen)
             what = f"kept pseudo-labels of {head.upper()}"

@@ -45,8 +45,8 @@ class Shown:
     rows: dict[str, results.Row] = field(default_factory=dict)  # split -> figures of `ftd eval`
 
     @property
-    def record(self) -> dict[str, Any]:
-        return runs.read_record(self.folder) or {}
+    def record(self) -> runs.Record | None:
+        return runs.read_record(self.folder)
 
 
 def gather(
@@ -186,7 +186,7 @@ def page(shown: Sequence[Shown], count: int, device: torch.device | str = "cpu")
     )
     built_in = (
         '<p class="note">Built-in street world: generated streets, no real data set.</p>'
-        if any(one.record.get("built_in") for one in shown)
+        if any(one.record is not None and one.record["built_in"] for one in shown)
         else ""
     )
     return (
@@ -235,34 +235,33 @@ def _delta(value: float | None, base: float | None) -> str:
     return f'<td>{_percent(value)} <small class="{sign}">{change:+.1f}</small></td>'
 
 
+def _recorded(record: runs.Record | None) -> list[str]:
+    """What run.json knows, as lines of HTML."""
+    if record is None:
+        return ["no run.json"]
+    places = (f"{side}: {origin['domain']}" for side, origin in record["origins"].items())
+    prints = [
+        f"{escape(name)} {found['frames']:,} frames, {found['points']:,} rows, "
+        f"<code>{escape(found['content'][:12])}</code>"
+        for name, found in record["data"].items()
+    ]
+    commit = f", commit <code>{escape(record['git'][:12])}</code>" if record["git"] else ""
+    words = " ".join(map(quote, ["ftd", *record["command"]]))
+    return [
+        "; ".join([escape(", ".join(places)), *prints]),
+        f"PyTorch {escape(record['versions'].get('torch', '?'))}{commit}",
+        f"<code>{escape(words)}</code>",
+    ]
+
+
 def _runs(shown: Sequence[Shown]) -> str:
     rows = []
     for i, one in enumerate(shown):
-        record, best = one.record, one.meta.get("best")
-        words = ["ftd", *map(str, record.get("command", []))]
+        best = one.meta.get("best")
         chosen = f"by {best['split']} mIoU" if best else "the last"
-        data = "; ".join(
-            f"{escape(name)}: {escape(str(origin['domain']))}"
-            for name, origin in record.get("origins", {}).items()
-        )
-        prints = ", ".join(
-            f"{escape(name)} {found['frames']:,} frames, {found['points']:,} rows, "
-            f"<code>{escape(str(found['content'])[:12])}</code>"
-            for name, found in record.get("data", {}).items()
-        )
-        facts = [
-            f"iteration {one.meta['iteration']:,} of {one.system.recipe.steps:,}, chosen {chosen}",
-            f"{data}; {prints}" if prints else data,
-            f"PyTorch {escape(str(record.get('versions', {}).get('torch', '?')))}"
-            + (f", commit <code>{escape(record['git'][:12])}</code>" if record.get("git") else ""),
-            f"<code>{escape(' '.join(map(quote, words)))}</code>" if record else "no run.json",
-        ]
-        rows.append(
-            [
-                _named(shown, i),
-                '<td class="text">' + "<br>".join(fact for fact in facts if fact) + "</td>",
-            ]
-        )
+        steps = f"iteration {one.meta['iteration']:,} of {one.system.recipe.steps:,}"
+        facts = [f"{steps}, chosen {chosen}", *_recorded(one.record)]
+        rows.append([_named(shown, i), f'<td class="text">{"<br>".join(facts)}</td>'])
     return _table(["run", '<th scope="col" class="text">what it is</th>'], rows)
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import ftdpp
-from ftdpp import checkpoint, evaluate, readers, runs, screen
+from ftdpp import checkpoint, evaluate, pseudo_labels, readers, runs, screen
 from ftdpp.data import CLASS_SETS, IGNORE
 from ftdpp.ftd import app
 from ftdpp.index import original_frames
@@ -213,7 +213,7 @@ def test_pseudo_labels_and_second_stage(
     counts = torch.bincount(refined[refined != IGNORE], minlength=6)
     assert meta["kept"]["3d"] == counts.tolist()
 
-    labels = evaluate.PseudoLabels(file, r, index)
+    labels = pseudo_labels.PseudoLabels(file, r, index)
     [(_, batch)] = evaluate.batches_of(index, r, len(index))
     labels.attach(batch)
     assert torch.equal(batch.pseudo["3d"], refined)
@@ -265,4 +265,4 @@ def test_pseudo_label_files_that_do_not_fit(
     ):
         index = runs.Origin(domain, world).index(split, r, cache)
         with pytest.raises(checkpoint.RunError, match=expected):
-            evaluate.PseudoLabels(file, r, index)
+            pseudo_labels.PseudoLabels(file, r, index)

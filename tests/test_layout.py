@@ -12,20 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
     *("files", "processes", "readers", "world", "data", "index", "kernels", "models"),
-    *("pretrained", "losses", "recipe", "systems", "checkpoint", "released", "evaluate"),
-    *(
-        "inference",
-        "machine",
-        "parallel",
-        "train",
-        "runs",
-        "results",
-        "pictures",
-        "report",
-        "recording",
-        "screen",
-    ),
-    *("compare", "commands", "ftd"),
+    *("pretrained", "losses", "recipe", "systems", "checkpoint", "released", "pseudo_labels"),
+    *("evaluate", "inference", "machine", "parallel", "train", "runs", "results", "pictures"),
+    *("report", "recording", "screen", "compare", "commands", "ftd"),
 )
 OUTSIDE = ("bench", "docs", "tests")  # not installed; they may import everything
 
