@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ftdpp import files
 from ftdpp.files import replacing
 from ftdpp.pretrained import misfits
 from ftdpp.recipe import RecipeError, from_dict
@@ -71,7 +72,7 @@ class Metadata(TypedDict, total=False):
     frames: Count
     domain: str
     split: str
-    image_size: tuple[int, int] | None
+    image_size: list[int] | None
     thresholds: dict[str, list[float]]  # head -> class by class
     kept: dict[str, list[Count]]
     predicted: dict[str, list[Count]]
@@ -116,7 +117,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise RunError(f"{path}: no such file; name a run folder or a file that ftd has written")
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(files.regular(path), "pt") as file:
             text = (file.metadata() or {}).get("ftd")
     except (SafetensorError, OSError) as error:
         raise RunError(f"{path}: not a readable safetensors file ({error})") from None
@@ -168,11 +169,12 @@ def stored_recipe(meta: dict[str, Any], path: Path) -> Any:
     Raises:
         RunError: it has a method, settings or a class set that this version does not know.
     """
-    method = meta["recipe"].get("method")
+    method, scenario = (meta["recipe"].get(name) for name in ("method", "scenario"))
     try:
-        if method not in METHODS:
+        if not isinstance(method, str) or method not in METHODS:
             raise RecipeError(f"the method {method!r}, which this version does not know")
-        scenario = meta["recipe"].get("scenario", "")
+        if not isinstance(scenario, str) or scenario.removesuffix("-ssda").count("-") != 1:
+            raise RecipeError(f"the scenario {scenario!r}, expected SOURCE-TARGET")
         return from_dict(system_of(method, scenario).Recipe, meta["recipe"])
     except RecipeError as error:
         raise RunError(f"{path}: has {error}; use the version of ftd that wrote it") from None

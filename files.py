@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import fcntl
 import os
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +61,22 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def regular(path: Path) -> Path:
+    """The path of a regular file: a pipe or a device may never end.
+
+    Raises:
+        OSError: it is not there, or something else.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "is a folder, a pipe or a device, expected a file", str(path))
+    return path
+
+
+def read(path: Path) -> bytes:
+    """The content of a regular file. Raises OSError."""
+    return regular(path).read_bytes()
 
 
 def write(path: Path, content: bytes) -> None:

@@ -84,9 +84,10 @@ class Recipe:
             "precision must be fp32 or bf16": self.precision in ("fp32", "bf16"),
             f"classes must be one of {', '.join(CLASS_SETS)}": self.classes in CLASS_SETS,
             "learning rates must not be negative": min(self.lr_2d, self.lr_3d) >= 0,
-            "gamma must not be negative": self.gamma >= 0,
-            "image and crop want H,W; 0,0 for none": all(
-                len(size) == 2 and min(size) >= 0 for size in sizes
+            "gamma must lie in 0..1": 0 <= self.gamma <= 1,
+            "image and crop want H,W of 1 to 32767; 0,0 for none": all(  # pixels are 16-bit numbers
+                size == (0, 0) or (len(size) == 2 and min(size) >= 1 and max(size) < 1 << 15)
+                for size in sizes
             ),
             # Narrower than 16, oneDNN's gradient of the strided 1x1 convolutions crashes
             # (torch 2.13 on a CPU).

@@ -17,7 +17,9 @@ import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from shlex import quote
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
 
 from ftdpp import files
 from ftdpp.checkpoint import RunError
@@ -28,11 +30,29 @@ Row = dict[str, Any]
 FORMAT = 1  # of a file of rows
 OF_A_RUN = "scores.json"  # in a run's folder: split -> row
 
-# What a row has to hold, and of which type.
-_FIELDS: dict[str, type] = {
-    **dict.fromkeys(("scenario", "method", "title", "domain", "split", "checkpoint"), str),
-    **{"seed": int, "frames": int, "miou": dict, "iou": dict},
-}
+
+class _Row(msgspec.Struct):
+    """What a row has to hold, and of which type; it may hold more."""
+
+    scenario: str
+    method: str
+    title: str
+    domain: str
+    split: str
+    checkpoint: str
+    seed: Annotated[int, msgspec.Meta(ge=0)]
+    frames: Annotated[int, msgspec.Meta(ge=0)]
+    miou: Annotated[dict[str, float], msgspec.Meta(min_length=1)]
+    iou: dict[str, dict[str, float | None]]
+
+
+class _File(msgspec.Struct):
+    """What a file of rows has to hold."""
+
+    command: str
+    machine: str
+    preset: str
+    rows: list[Any]
 
 
 def row_of(score: Score, meta: dict[str, Any], title: str, index: Index, weights: str) -> Row:
@@ -55,27 +75,20 @@ def row_of(score: Score, meta: dict[str, Any], title: str, index: Index, weights
     return row | score.as_dict()
 
 
-def _checked(rows: Any, path: Path) -> list[Row]:
+def _checked(rows: list[Any], path: Path) -> list[Row]:
     """Rows from a file. Raises RunError where it holds something else."""
-    for number, row in enumerate(rows if isinstance(rows, list) else [None]):
-        found = row if isinstance(row, dict) else {}
-        wrong = [name for name, kind in _FIELDS.items() if not isinstance(found.get(name), kind)]
-        if not wrong and not _numbers(found["miou"]):
-            wrong = ["miou"]
-        if not wrong and found["miou"].keys() != found["iou"].keys():
-            wrong = ["iou"]
-        if not wrong and not all(isinstance(found["iou"][h], dict) for h in found["iou"]):
-            wrong = ["iou"]
+    for number, row in enumerate(rows):
+        try:
+            heads = msgspec.convert(row, _Row)
+            wrong = "" if heads.miou.keys() == heads.iou.keys() else "miou and iou of other heads"
+        except msgspec.ValidationError as error:
+            wrong = str(error)
         if wrong:
             raise RunError(
-                f"{path}: row {number} has no usable {', '.join(wrong)}; expected what ftd compare "
-                "writes (compare.json), or a run folder"
+                f"{path}: row {number}: {wrong}; expected what ftd compare writes (compare.json), "
+                "or a run folder"
             )
-    return list(rows)
-
-
-def _numbers(miou: dict[str, Any]) -> bool:
-    return bool(miou) and all(isinstance(value, int | float) for value in miou.values())
+    return rows
 
 
 # ---- files -------------------------------------------------------------------------------------
@@ -110,16 +123,15 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         RunError: it is none, or damaged.
     """
+    again = "name a run folder or a compare.json"
     try:
-        found = json.loads(path.read_text())
+        found: dict[str, Any] = msgspec.json.decode(files.read(path))
+        msgspec.convert(found, _File)
     except OSError as error:
-        raise RunError(f"{path}: {error.strerror}; name a run folder or a compare.json") from None
-    except ValueError as error:
-        raise RunError(f"{path}: not JSON ({error}); name a run folder or a compare.json") from None
-    words = ("command", "machine", "preset")
-    if not isinstance(found, dict) or not all(isinstance(found.get(w), str) for w in words):
-        raise RunError(f"{path}: not a file of ftd compare; name a run folder or a compare.json")
-    found["rows"] = _checked(found.get("rows"), path)
+        raise RunError(f"{path}: {error.strerror}; {again}") from None
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        raise RunError(f"{path}: not a file of ftd compare ({error}); {again}") from None
+    _checked(found["rows"], path)
     return found
 
 
@@ -127,7 +139,7 @@ def keep(folder: Path, row: Row) -> None:
     """Leave the row of a run's best checkpoint in its folder, beside those of other splits."""
     path = folder / OF_A_RUN
     try:
-        rows = json.loads(path.read_text())
+        rows = msgspec.json.decode(files.read(path))
     except (FileNotFoundError, ValueError):  # damaged: what is left is of no use
         rows = {}
     rows = rows if isinstance(rows, dict) else {}
@@ -147,7 +159,7 @@ def of_run(folder: Path, split: str | None = None) -> Row:
     if not path.exists():
         raise RunError(f"{folder}: holds no figures yet; {again}")
     try:
-        rows = json.loads(path.read_text())
+        rows = msgspec.json.decode(files.read(path))
         name = split or ("test" if "test" in rows else "val")
         [row] = _checked([rows[name]], path)
     except (ValueError, TypeError, KeyError):
@@ -160,7 +172,7 @@ def of_run(folder: Path, split: str | None = None) -> Row:
 
 def weights_of(folder: Path) -> str:
     """SHA-256 of a run's best checkpoint."""
-    with (folder / "best.safetensors").open("rb") as file:
+    with files.regular(folder / "best.safetensors").open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

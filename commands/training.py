@@ -281,6 +281,12 @@ def _resume(
             f"{folder}: there is no run.json, so where its data lies is unknown; begin anew"
         )
     r = checkpoint.stored_recipe(meta, last)
+    for what in ("recipe", "seed"):
+        if record[what] != meta[what]:
+            raise checkpoint.RunError(
+                f"{folder}: run.json and last.safetensors have another {what}, so one of them is "
+                "damaged or of another run; restore it, or begin anew"
+            )
     dev, dev_why = chosen_device(device)
     context.with_resource(parallel.joined(dev))
     places = runs.recorded_places(record)

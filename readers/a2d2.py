@@ -41,6 +41,7 @@ from ftdpp.readers.base import (
     read_image,
     regular,
     stamp,
+    why,
 )
 
 DRIVES = {
@@ -190,7 +191,7 @@ def _read_json(path: Path) -> Any:
             f"{path}: missing; download it from a2d2.audi and put it into the A2D2 root"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not readable JSON ({error}); download it again") from None
+        raise DataError(f"{path}: not readable JSON ({why(error)}); download it again") from None
 
 
 def _read_lidar(path: Path) -> tuple[Array, Array]:
@@ -224,7 +225,7 @@ def _read_lidar(path: Path) -> tuple[Array, Array]:
         OverflowError, RecursionError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
         tokenize.TokenError,
     ) as error:  # fmt: skip
-        raise DataError(f"{path}: not readable points ({error}); download it again") from None
+        raise DataError(f"{path}: not readable points ({why(error)}); download it again") from None
     points = arrays["points"]
     shapes = {name: array.shape for name, array in arrays.items()}
     wanted = dict.fromkeys(arrays, points.shape[:1]) | {"points": (*points.shape[:1], 3)}
@@ -323,7 +324,7 @@ def _camera(file: tuple[str, int, int]) -> _Camera:
             raise ValueError(f"Lens {lens!r}, that of the front-centre camera is 'Telecam'")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(
-            f"{path}: not the calibration of cameras.front_center ({error!r}); download it again"
+            f"{path}: not the calibration of cameras.front_center ({why(error)}); download it again"
         ) from None
     return _Camera(
         (int(height), int(width)),

@@ -251,6 +251,14 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def why(error: Exception) -> str:
+    """An error in a few words; without the advice to unpickle, which NumPy gives."""
+    if "pickle" in str(error):
+        return "Python objects, which are never loaded from a file"
+    named = isinstance(error, ValueError | OSError)  # these say what is wrong by themselves
+    return " ".join((str(error) if named else f"{type(error).__name__}: {error}").split())[:160]
+
+
 def stamp(path: Path) -> tuple[str, int, int]:
     """Path, size and modification time of a file; a missing one has size -1."""
     try:

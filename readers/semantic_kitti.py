@@ -29,6 +29,7 @@ from ftdpp.readers.base import (
     read_array,
     read_image,
     regular,
+    why,
 )
 
 SEQUENCES = {  # domain -> split -> sequences
@@ -201,7 +202,7 @@ def _read_calib(path: Path) -> Calib:
         ) from None
     except (KeyError, ValueError) as error:
         raise DataError(
-            f"{path}: expected rows P2 and Tr of 12 numbers, found {error!r}; download it again"
+            f"{path}: expected rows P2 and Tr of 12 numbers, found {why(error)}; download it again"
         ) from None
     # Single precision on purpose: the released code rounds the product, and with it the last bits
     # of every pixel.

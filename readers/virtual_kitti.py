@@ -27,6 +27,7 @@ from ftdpp.readers.base import (
     inside_image,
     read_image,
     regular,
+    why,
 )
 
 SEQUENCES = ("0001", "0002", "0006", "0018", "0020")
@@ -125,7 +126,7 @@ def _read_cloud(path: Path) -> Array:
         RecursionError, tokenize.TokenError,
     ) as error:  # fmt: skip
         raise DataError(
-            f"{path}: not a readable array ({error}); make the point cloud again"
+            f"{path}: not a readable array ({why(error)}); make the point cloud again"
         ) from None
     if not isinstance(cloud, np.ndarray):
         cloud.close()

@@ -187,7 +187,7 @@ def curves(path: Path, of_class: str | None = None, points: int = 240) -> dict[s
     Raises:
         RunError: it holds something else.
     """
-    if not path.exists():
+    if not path.is_file():
         return {}
     found: dict[str, Curve] = {}
     try:
