@@ -17,9 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
+import msgspec
 import numpy as np
+from msgspec import Meta
 from PIL import Image
 
 from ftdpp.data import CLASS_SETS, UNLABELLED, Frame, class_table
@@ -37,11 +39,36 @@ from ftdpp.readers import (
     reader_of,
     stamp,
 )
+from ftdpp.readers.base import regular, why
 
 FORMAT = 2  # version of the prepared index; a change makes old ones stale
 CHUNK = 32  # frames between two checkpoints of `prepare`
 
-Record = dict[str, Any]  # what the index knows of a frame: token, number of points, image size, ...
+Count = Annotated[int, Meta(ge=0)]
+
+
+class Record(TypedDict):
+    """What the index knows of a frame."""
+
+    token: str
+    rows: Count  # points or pixels
+    dense: bool
+    depth: bool
+    shape: Annotated[list[Count], Meta(min_length=2, max_length=2)]  # (H, W) of the image
+    has_label: bool
+    counts: list[Count]  # rows of each class
+    ignored: Count
+    dropped: Count  # points that are not finite
+    sha: str  # of its arrays
+
+
+class _Stored(TypedDict):
+    """What meta.json holds."""
+
+    identity: dict[str, Any]
+    fingerprint: dict[str, Any]
+    frames: list[Record]
+
 
 # Flat files NAME.bin, each the arrays of all frames one after another, and the types in them.
 _TYPES: dict[str, type[np.generic]] = {
@@ -108,16 +135,16 @@ class Index:
         self.path = Path(path)
         file = self.path / "meta.json"
         try:
-            meta = json.loads(file.read_text())
-            self.identity: dict[str, Any] = meta["identity"]
-            self.fingerprint: dict[str, Any] = meta["fingerprint"]
-            self._records: list[Record] = [r for r in meta["frames"] if r["rows"]]
-            self.tokens: list[str] = [r["token"] for r in self._records]
-            self._ends = _ends(self._records)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            meta = msgspec.json.decode(regular(file).read_bytes(), type=_Stored)
+        except (OSError, msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             raise DataError(
-                f"{file}: missing or unreadable ({type(error).__name__}); prepare the data again"
+                f"{file}: missing or unreadable ({why(error)}); prepare the data again"
             ) from None
+        self.identity, self.fingerprint = meta["identity"], meta["fingerprint"]
+        self._records = [record for record in meta["frames"] if record["rows"]]
+        self.tokens = [record["token"] for record in self._records]
+        self._ends = _ends(self._records)
+        self._seen = bytearray(len(self.tokens))  # frames whose digest was compared
         self._maps: dict[str, Array] = {}
         for name, ends in self._ends.items():
             file = self._file(name)
@@ -149,7 +176,10 @@ class Index:
     def frame(self, i: int) -> Frame:
         """Frame i; its arrays are read-only views of the files.
 
-        Raises IndexError beyond the last one.
+        Its digest is compared when a process first reads it: damaged data looks like any other.
+
+        Raises:
+            IndexError: beyond the last one. DataError: it is not what was written.
         """
         i = range(len(self))[i]
         record = self._records[i]
@@ -161,7 +191,14 @@ class Index:
             del arrays["xyz"], arrays["pixel"]
         if not record["depth"]:
             del arrays["depth"]
-        return Frame(token=record["token"], has_label=record["has_label"], **arrays)
+        frame = Frame(token=record["token"], has_label=record["has_label"], **arrays)
+        if not self._seen[i] and _frame_sha(frame) != record["sha"]:
+            raise DataError(
+                f"{self.path}: damaged, frame {frame.token} is not what was written there; remove "
+                "this folder, and the data is prepared again"
+            )
+        self._seen[i] = 1
+        return frame
 
     def counts(self) -> Array:
         """Points per class, i64 (K,); ignored points are not in it."""
@@ -222,6 +259,8 @@ def few_labels(
     few = {"labelled": labelled, "seed": seed, "balanced": balanced}
     identity = {**index.identity, "few": few, "whole": index.fingerprint["content"]}
     final = index.path / f"few-{labelled}-{'balanced-' if balanced else ''}{seed}"
+    if final.exists() and not _stale(final, identity, FewLabels):
+        return FewLabels(final)  # without the lock: the folder may be read-only
     with locked(final):
         if final.exists():
             why = _stale(final, identity, FewLabels)
@@ -496,6 +535,8 @@ def prepare(
     place = _sha([identity[key] for key in ("format", "root", "version", "frames")])[:8]
     pixels = f"{size[0]}x{size[1]}" if size else "full"
     final = Path(cache).expanduser() / f"{domain.name}-{split or 'all'}-{classes}-{pixels}-{place}"
+    if final.exists() and not _stale(final, identity):
+        return Index(final)  # without the lock: the folder may be read-only
     with locked(final):
         if final.exists():
             why = _stale(final, identity)
@@ -544,10 +585,10 @@ def _resume(partial: Path, identity: dict[str, Any]) -> list[Record]:
     journal = partial / "progress.jsonl"
     records: list[Record] = []
     try:
-        lines = journal.read_text().split("\n")[:-1]  # a torn last line has no newline
-        if json.loads(lines[0]) == identity:
-            records = [json.loads(line) for line in lines[1:]]
-    except (FileNotFoundError, ValueError, IndexError):
+        first, *lines = journal.read_bytes().split(b"\n")[:-1]  # a torn last one has no newline
+        if msgspec.json.decode(first) == identity:
+            records = [msgspec.json.decode(line, type=Record) for line in lines]
+    except (FileNotFoundError, ValueError, RecursionError):
         pass  # nothing to go on from
     held = _ends([record for record in records if record["rows"]])
     ends = {partial / f"{name}.bin": places[-1] for name, places in held.items()}

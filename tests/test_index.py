@@ -144,6 +144,35 @@ def test_stale_index_is_rebuilt_with_a_reason(root: Path, change: str) -> None:
     assert told[0].startswith("building again") and reason[change] in told[0]
 
 
+@pytest.mark.parametrize("name", ["image", "label", "xyz"])
+def test_a_changed_byte_is_found_where_it_is_read(root: Path, name: str) -> None:
+    """It would train, and look like any other. Other frames are still read."""
+    index = build(root)
+    before = [index.frame(i) for i in range(len(index))]
+    file = index.path / f"{name}.bin"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    again = Index(index.path)
+    assert np.array_equal(again.frame(0).image, before[0].image)
+    with pytest.raises(DataError, match=rf"frame {again.tokens[-1]} is not what was written"):
+        again.frame(len(again) - 1)
+
+
+def test_a_finished_index_needs_no_lock(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder may be read-only."""
+    path = build(root).path
+
+    def refused(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(indexes, "locked", refused)
+    assert build(root).path == path
+    cut(path / "xyz.bin")
+    with pytest.raises(PermissionError):
+        build(root)
+
+
 def test_no_index_there(root: Path) -> None:
     with pytest.raises(DataError, match=r"meta\.json: missing or unreadable"):
         Index(root)
