@@ -150,6 +150,13 @@ def keep_freed_memory() -> None:
             libc.mallopt(option, 1 << 30)
 
 
+def memory(device: torch.device) -> int:
+    """Bytes of memory that the device has in all."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes: the GPU's largest allocation, or the process's largest resident set."""
     if device.type == "cuda":

@@ -255,5 +255,8 @@ def from_dict(cls: type[R], values: Mapping[str, Any]) -> R:
         raise RecipeError(f"a setting of another type ({error})") from None
     if made.classes not in CLASS_SETS:
         raise RecipeError(f"the class set {made.classes!r}, which this version does not know")
-    made.check()
+    try:
+        made.check()
+    except RecipeError as error:
+        raise RecipeError(f"settings that cannot be used ({error})") from None
     return made

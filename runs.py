@@ -23,7 +23,7 @@ from ftdpp.files import Progress
 from ftdpp.index import Index, few_labels, prepare, require_depth, require_frames
 from ftdpp.pseudo_labels import PseudoLabels
 from ftdpp.readers import DataError, list_frames, plural
-from ftdpp.recipe import Recipe, settings
+from ftdpp.recipe import Recipe, RecipeError, settings
 from ftdpp.systems import clip
 from ftdpp.train import Run
 
@@ -181,6 +181,7 @@ def assemble(
     Returns:
         the run, and each decision made on the way.
     """
+    require_memory(r, device or torch.device("cpu"))
     streams = systems.system_of(r.method, r.scenario).streams(r)
     if r.needs_clip:
         clip.make_ready(r.needs_clip, progress)
@@ -259,6 +260,29 @@ def assemble(
     return run, facts
 
 
+MAPS = 8  # of the image's size and the trunk's width are kept for the gradient, at the very least
+
+
+def require_memory(r: Recipe, device: torch.device) -> None:
+    """Refuses an update that is certain not to fit, before anything is prepared for it.
+
+    Counted are feature maps at full resolution alone: what really is needed is more.
+
+    Raises:
+        RecipeError: with the estimate.
+    """
+    if "width_2d" in r.unread():
+        return
+    height, width = r.crop if r.crop != (0, 0) else r.image
+    needed, there = MAPS * r.batch * height * width * r.width_2d * 4, machine.memory(device)
+    if needed > there:
+        raise RecipeError(
+            f"batch {r.batch} of {height}x{width} images at width {r.width_2d} takes more than "
+            f"{needed / 2**30:,.0f} GiB, and there are {there / 2**30:,.0f}; choose a smaller "
+            "--set batch=..., and --set accumulate=... for an update of as many frames"
+        )
+
+
 def _validation(r: Recipe, places: Places, progress: Progress | None) -> tuple[Index | None, str]:
     """The index that periodic validation uses, or None, and the reason."""
     val, domain = places.origins["val"], readers.domains()[places.origins["val"].domain]
@@ -308,10 +332,10 @@ def _require_hidden(few: Index, validation: Index) -> None:
 def work_left(run: Run) -> float:
     """Cost of the iterations and validations that a run still has before it."""
     r = run.recipe
-    left = range(run.iteration + 1, r.steps + 1)
-    total = len(left) * run.system.cost(r) * r.accumulate
-    if run.val is not None:
-        validations = sum(i % r.val_every == 0 or i == r.steps for i in left)
+    total = (r.steps - run.iteration) * run.system.cost(r) * r.accumulate
+    if run.val is not None and run.iteration < r.steps:
+        validations = r.steps // r.val_every - run.iteration // r.val_every
+        validations += r.steps % r.val_every > 0  # the last iteration is validated
         total += validations * len(run.val)
     return total
 

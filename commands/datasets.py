@@ -68,6 +68,7 @@ def prepare(
     from ftdpp import readers, screen
     from ftdpp.data import CLASS_SETS
     from ftdpp.index import prepare as write_index
+    from ftdpp.readers.base import PIXELS
 
     row, folder, console = (
         known_domain("--domain", domain),
@@ -81,8 +82,10 @@ def prepare(
             height, width = (int(x) for x in size.split(","))
         except ValueError:
             raise fail(f"--size {size}: expected H,W as in 225,400", USAGE) from None
-        if height < 1 or width < 1:
-            raise fail(f"--size {size}: expected H,W of at least 1,1", USAGE)
+        if not (1 <= height < 1 << 15 and 1 <= width < 1 << 15 and height * width <= PIXELS):
+            raise fail(
+                f"--size {size}: expected H,W of 1 to 32767, and at most {PIXELS:,} pixels", USAGE
+            )
         shape = height, width
     tokens = tokens_of(frames, "--frames")
     names: list[str | None] = [split]

@@ -58,7 +58,7 @@ Pretrained = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if there is one.")]
 Workers = Annotated[
-    int | None, typer.Option(help="Data loading processes; default: 0 on up to four cores.", min=0)
+    int | None, typer.Option(help="Loading processes; default: 0 on up to 4 cores.", min=0, max=256)
 ]
 Threads = Annotated[
     int | None, typer.Option(help="CPU threads; default: as many as are free now.", min=1)

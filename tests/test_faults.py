@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -420,7 +421,17 @@ SETTINGS = (
         "classes=street7",
     ),
     *("class_weights=1,2", "class_weights=-1,1,1,1,1,1", "dropout=2,3", "dropout=0.1", "novelty=1"),
-    *("ema=2", "fusion=no", "student_mix=7", "fda_beta=9", "milestones=x", "image", "=3"),
+    *(
+        "batch=100000",
+        "crop=5",
+        "ema=2",
+        "fusion=no",
+        "student_mix=7",
+        "fda_beta=9",
+        "milestones=x",
+        "image",
+        "=3",
+    ),
 )
 
 
@@ -434,6 +445,40 @@ def test_settings(tmp_path: Path) -> None:
         rows.append(row)
     assert not (tmp_path / "out").exists()
     require_on_the_page("Settings", rows, "`ftd train --src usa --tgt singapore --set ...`.")
+
+
+PAIR = "train --src usa --tgt singapore --preset small"
+OPTIONS = (
+    *(f"{PAIR} --workers 100000", f"{PAIR} --workers -1", f"{PAIR} --threads 0"),
+    *(f"{PAIR} --steps 0", f"{PAIR} --seed -1", f"{PAIR} --seed one", f"{PAIR} --preset large"),
+    *(f"{PAIR} --src-frames ''", f"{PAIR} --val-frames ,", f"{PAIR} --device tpu"),
+    *(f"{PAIR} --pretrained nowhere.pth", f"{PAIR} --pseudo nowhere.safetensors"),
+    *(f"{PAIR} --method ftd++", f"{PAIR} --method weak --ssda", f"{PAIR} --clip street"),
+    *("train --src usa", "train --src mars --tgt singapore", "train --src vkitti --tgt singapore"),
+    *("train --resume nowhere", "train --from nowhere --tgt singapore"),
+    *("train --src usa --tgt night --data nowhere", "train --nope", "trian"),
+    *("eval nowhere", "eval nowhere.safetensors", "pseudo nowhere --out a.safetensors"),
+    *("predict nowhere --out labels", "report nowhere", "show nowhere 0 --out a.png"),
+    *("table nowhere", "compare --methods xmuda,ftd++", "compare --seeds one --preset small"),
+    *("compare --sweep lr_2d --preset small", "compare --src usa,day --tgt singapore"),
+    *("compare --jobs 0", "clip --domain mars", "recipes --scenario usa", "data check nowhere"),
+    *("data check . --domain usa", "data prepare . --domain singapore --size 200000,200000"),
+    *("data prepare . --domain singapore --size 0,5", "data synth w --frames 1,2"),
+    *("data synth w --src usa --tgt night", "doctor --device tpu"),
+)
+
+
+def test_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written by a command that is refused."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FTD_CACHE", str(tmp_path / "cache"))
+    rows = []
+    for text in OPTIONS:
+        row = tried(f"`ftd {text}`", *shlex.split(text), places={"HERE": tmp_path})
+        assert row.code in (1, 2, 3), row
+        rows.append(row)
+        assert not list(tmp_path.iterdir()), row
+    require_on_the_page("Options", rows)
 
 
 # ---- logs, tables, and where results are written -------------------------------------------------
