@@ -382,6 +382,11 @@ class FromDisk(NamedTuple):
     dropped: int  # points that are not finite
 
 
+def _huge() -> np.errstate:
+    """Within it, a number that overflows becomes infinite; such points are dropped."""
+    return np.errstate(over="ignore", invalid="ignore")
+
+
 def read_frame(ref: FrameRef, table: Array, size: tuple[int, int] | None) -> FromDisk:
     """Read a frame and project its points.
 
@@ -391,7 +396,8 @@ def read_frame(ref: FrameRef, table: Array, size: tuple[int, int] | None) -> Fro
         DataError: a file is missing, damaged, or does not fit the others.
     """
     reader = READERS[ref.reader]
-    raw = reader.read(ref)
+    with _huge():
+        raw = reader.read(ref)
     found = (raw.image.height, raw.image.width)
     if ref.image_size is not None and found != ref.image_size:
         raise DataError(
@@ -430,7 +436,8 @@ def read_frame(ref: FrameRef, table: Array, size: tuple[int, int] | None) -> Fro
             labels=None if raw.labels is None else raw.labels[finite],
             row_col=None if raw.row_col is None else raw.row_col[finite],
         )
-    rows, row_col, depth = reader.project(raw, ref)
+    with _huge():
+        rows, row_col, depth = reader.project(raw, ref)
     image, pixel = resized(raw.image, row_col, size)
     label = np.full(len(rows), UNLABELLED, np.uint8)
     if raw.labels is not None:

@@ -205,7 +205,7 @@ def inside_image(uvw: Array, rows: Array, image_size: tuple[int, int]) -> tuple[
     The comparison follows the rounding to single precision: a point that rounds onto the border
     has no pixel.
     """
-    with np.errstate(divide="ignore", invalid="ignore"):  # a depth of 0 has no pixel, either
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):  # depth 0: no pixel
         row_col = (uvw[:2] / uvw[2]).T[:, ::-1].astype(np.float32)
     inside = ((row_col > 0) & (row_col < np.array(image_size, np.float32))).all(1)
     return rows[inside], row_col[inside]
