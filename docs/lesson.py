@@ -168,7 +168,7 @@ def points(a: Lesson) -> str:
     root, domain = Path(index.identity["root"]), readers.domains()[PAIR[0]]
     [ref] = readers.list_frames(root, domain, None, None, [token])
     raw = readers.reader_of(domain).read(ref)
-    panel = pictures.Panel("points that the camera sees", frame.label)
+    panel = pictures.Panel("points that the camera sees; labelled", frame.label)
     a.drawings["points.jpg"] = pictures.page(frame, [panel], NAMES, "", 1000)
     return printed(
         f"photo                          {frame.image.shape[0]} x {frame.image.shape[1]}",
@@ -196,9 +196,13 @@ def pyramid(a: Lesson) -> str:
     for level, keys in enumerate(a.pyramid.keys[:-1]):
         assert set((keys >> 3).tolist()) == set(a.pyramid.keys[level + 1].tolist())
     a.drawings["pyramid.jpg"] = figures.grid(
-        {f"level {n}": from_above(a.labelled, n) for n in (0, 2, 4)}, 3
+        {f"level {n}": from_above(a.labelled, n) for n in (2, 4, 6)}, 3
     )
-    return table("level | side of a voxel | voxels | pairs a voxel, 3x3x3 | channels", rows)
+    return table(
+        "level | side of a voxel | voxels | pairs a voxel, 3x3x3, with the centre | "
+        "channels of the 3D trunk",
+        rows,
+    )
 
 
 FOUR = [(0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 1), (0, 5, 5, 5)]
@@ -289,7 +293,7 @@ def fusion(a: Lesson) -> str:
     assert (alone - beside).abs().max() > 3e-3 * alone.abs().max()
     rows = [
         f"{name:9}  {net.expand.in_features:2} channels, {net.heads} heads of "
-        f"{net.expand.out_features // net.heads:2}, {net.SLOTS} slots"
+        f"{net.expand.out_features // net.heads:2}, {net.SLOTS} memory rows"
         for name, net in a.student.fusion.named_children()
         if isinstance(net, ftdpp.ExternalAttention)
     ]
