@@ -7,6 +7,7 @@ metadata "ftd"                   JSON: format, recipe, iteration, ...
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -105,7 +106,10 @@ def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     """
     stored = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     with replacing(path) as temporary:
-        save_file(stored, temporary, {"ftd": json.dumps(meta, sort_keys=True)})
+        try:
+            save_file(stored, temporary, {"ftd": json.dumps(meta, sort_keys=True)})
+        except SafetensorError as error:  # a full disk, say
+            raise OSError(errno.EIO, f"could not be written ({error})", str(path)) from None
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

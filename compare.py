@@ -327,7 +327,7 @@ class Comparison:
         assert found is not None
         if found.exists():
             theirs = checkpoint.read_metadata(found).get("weights")
-            if theirs not in (None, checkpoint.digest(system.state_dict())):
+            if theirs != checkpoint.digest(system.state_dict()):
                 raise RunError(
                     f"{found}: not made by {last}; remove {job.out}, or use another --out"
                 )
@@ -369,9 +369,10 @@ class Comparison:
         A row that the run's folder holds is taken, if it is of this checkpoint and this data.
         """
         progress, test = display.tell, self._test(job, display.tell)
+        labels = self._labels(job, progress) if job.first is not None else None  # still its own
         if (done := self._row(job, test)) is not None:
             return done
-        run, _ = self.open(job, self._labels(job, progress), progress)
+        run, _ = self.open(job, labels, progress)
         if run.iteration < run.recipe.steps or run.owed:
             self._train(run, job, display)
         weights = results.weights_of(job.out)
@@ -456,7 +457,7 @@ class Comparison:
             for _, process in list(running.values()):
                 process.terminate()
 
-        before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             while running or (waiting and not stopped):
                 for job in self._ready(waiting, running)[: count - len(running)]:

@@ -10,7 +10,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 Progress = Callable[[int, int, str], None]  # done, total, what is going on
 
@@ -21,11 +21,17 @@ def cache_home() -> Path:
     return Path(os.environ.get("FTD_CACHE") or home / "ftd")
 
 
+def _opened_lock(path: Path) -> IO[bytes]:
+    """A lock file, whose content is left alone; a link is not followed, a pipe not waited for."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    return os.fdopen(os.open(path, flags, 0o666), "rb+", buffering=0)
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Only one process at a time builds `folder`; the others wait and find it finished."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(folder.name + ".lock").open("w") as file:
+    with _opened_lock(folder.with_name(folder.name + ".lock")) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -38,7 +44,7 @@ def claimed(folder: Path) -> Iterator[None]:
         BlockingIOError: another one does.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    with _opened_lock(folder / ".lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 
@@ -49,6 +55,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
     A reader sees the old file or the new one, never a half; after an error the old one stays.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(
+            errno.EINVAL, "is a folder, a pipe or a device, and is not replaced", str(path)
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -59,6 +69,10 @@ def replacing(path: Path) -> Iterator[Path]:
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)  # some libraries write for the owner alone
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is None or str(temporary) == error.filename:  # a full disk names nothing
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -107,8 +121,14 @@ class Log:
         """The rows of the file; a torn last one, from a killed process, is none."""
         if not self.path.exists():
             return []
-        with self.path.open(newline="") as f:
-            return [row for row in csv.DictReader(f) if None not in row.values()]
+        try:
+            with regular(self.path).open(newline="") as f:
+                rows = [row for row in csv.DictReader(f) if None not in row.values()]
+            if all(row["iteration"].isdecimal() for row in rows):
+                return rows
+        except (KeyError, AttributeError, TypeError, UnicodeDecodeError, csv.Error):
+            pass
+        raise OSError(errno.EINVAL, "is not a log of ftd train; move it away", str(self.path))
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         """The whole file."""

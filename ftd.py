@@ -6,6 +6,7 @@ commands, so that `--help` is immediate.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Annotated
 
@@ -73,7 +74,10 @@ def main_options(
 
 
 def main() -> None:
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # before a command has begun: while it imports
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from ftdpp.readers import (
 from ftdpp.readers.base import regular, why
 
 FORMAT = 2  # version of the prepared index; a change makes old ones stale
+FAR = 1000.0  # metres: no LiDAR sees so far, and one such point would leave the grid to itself
 CHUNK = 32  # frames between two checkpoints of `prepare`
 
 Count = Annotated[int, Meta(ge=0)]
@@ -427,14 +428,14 @@ def read_frame(ref: FrameRef, table: Array, size: tuple[int, int] | None) -> Fro
     if raw.points is None:
         return FromDisk(_dense_frame(ref, raw, table, size), np.zeros(0, np.int64), 0, 0)
 
-    finite = np.isfinite(raw.points[:, :3]).all(1)
-    dropped, points = int((~finite).sum()), raw.points[finite]
+    usable = (np.abs(raw.points[:, :3]) < FAR).all(1)  # NaN is not, either
+    dropped, points = int((~usable).sum()), raw.points[usable]
     if dropped:
         raw = replace(
             raw,
             points=points,
-            labels=None if raw.labels is None else raw.labels[finite],
-            row_col=None if raw.row_col is None else raw.row_col[finite],
+            labels=None if raw.labels is None else raw.labels[usable],
+            row_col=None if raw.row_col is None else raw.row_col[usable],
         )
     with _huge():
         rows, row_col, depth = reader.project(raw, ref)
@@ -451,7 +452,7 @@ def read_frame(ref: FrameRef, table: Array, size: tuple[int, int] | None) -> Fro
         pixel=pixel,
         depth=depth.astype(np.float32),
     )
-    return FromDisk(frame, np.flatnonzero(finite)[rows], finite.size, dropped)
+    return FromDisk(frame, np.flatnonzero(usable)[rows], usable.size, dropped)
 
 
 def _dense_frame(ref: FrameRef, raw: RawFrame, table: Array, size: tuple[int, int] | None) -> Frame:

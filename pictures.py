@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from ftdpp.data import UNLABELLED, Frame
 from ftdpp.files import replacing
@@ -146,11 +148,22 @@ def full_width(frame: Frame, panels: int) -> int:
     return columns * (wide + GAP) + GAP
 
 
+MARK = b"Software\0ftd"  # in the first bytes of our PNG files
+
+
+def _written_by_ftd() -> PngInfo:
+    """The mark of our files, which may be replaced."""
+    info = PngInfo()
+    info.add_text("Software", "ftd")
+    return info
+
+
 def write_picture(path: Path, picture: Image.Image) -> None:
     """As the file's name says: .png, or .pdf of one page."""
     kind = "PDF" if path.suffix.lower() == ".pdf" else "PNG"
     with replacing(path) as temporary:
-        picture.save(temporary, kind, resolution=150.0, title=path.stem)
+        more = {"resolution": 150.0} if kind == "PDF" else {"pnginfo": _written_by_ftd()}
+        picture.save(temporary, kind, **more)
 
 
 def page(
@@ -239,7 +252,11 @@ def write_overlays(
     for frame, prediction in frames:
         path = folder / f"{file_name(frame.token)}.png"
         picture = page(frame, panels_of(frame, prediction, what), names, f"{title}, {frame.token}")
-        picture.save(path)
+        if path.exists() and MARK not in path.read_bytes()[:4096]:
+            raise FileExistsError(
+                errno.EEXIST, "is there, and ftd did not write it; name another folder", str(path)
+            )
+        write_picture(path, picture)
         written.append(path)
     return written
 

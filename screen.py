@@ -7,6 +7,7 @@ one live line; where the output is piped to a file or to another program it is p
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import statistics
 import sys
@@ -38,13 +39,24 @@ def output() -> Console:
     return _console(width=None if sys.stdout.isatty() else 200)
 
 
+class _Console(Console):
+    """One of messages falls silent where nobody reads them any more: the work goes on."""
+
+    def on_broken_pipe(self) -> None:
+        if not self.stderr:
+            super().on_broken_pipe()
+        self.quiet = True
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), sys.stderr.fileno())
+
+
 def _console(**options: Any) -> Console:
     """A console that prints text as it is: a path may hold [brackets] or :colons:."""
     stream = sys.stderr if options.get("stderr") else sys.stdout
     options["quiet"] = parallel.number() > 0  # the first process speaks
     if not stream.isatty():
         options["force_interactive"] = False  # no live line in a log, whatever FORCE_COLOR says
-    return Console(markup=False, emoji=False, highlight=False, **options)
+    return _Console(markup=False, emoji=False, highlight=False, **options)
 
 
 def facts(console: Console, rows: Iterable[tuple[str, str, str]]) -> None:
@@ -326,7 +338,7 @@ def drive(run: train.Run, name: str, display: Display, board: Any = None) -> Non
             raise KeyboardInterrupt
         run.stop = True
 
-    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     steps, units = run.recipe.steps, run.system.cost(run.recipe) * run.recipe.accumulate
     run.progress = display.tell  # a validation of minutes must not be silent
     try:

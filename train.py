@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ from ftdpp.files import Log, Progress
 from ftdpp.index import Index, require_labels
 from ftdpp.losses import log_smoothed_weights
 from ftdpp.pseudo_labels import PseudoLabels
+from ftdpp.readers import DataError
 from ftdpp.recipe import Recipe, settings
 from ftdpp.systems import AUGMENT, ORDER, Chance, Stream, generator
 
@@ -173,6 +175,11 @@ class Run:
         for name, stream in self.streams.items():
             if stream.labels:
                 require_labels(self.indexes[name])
+                if not self.indexes[name].counts().any():
+                    raise DataError(
+                        f"{self.indexes[name].title}: none of its points has a label of the class "
+                        f"set {self.recipe.classes}; choose other frames or classes"
+                    )
             if stream.weights and not getattr(r, stream.weights):
                 weights = log_smoothed_weights(self.indexes[name].counts().tolist())
                 r = dataclasses.replace(r, **{stream.weights: weights})
@@ -340,6 +347,12 @@ def rate_settings(r: Recipe) -> str:
     return ", ".join(f"--set {name}=..." for name in names)
 
 
+def _deaf(number: int) -> None:
+    """Of a loading process: the parent decides when it ends, and saves first."""
+    for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(one, signal.SIG_IGN)
+
+
 # ---- the loop ----------------------------------------------------------------------------------
 
 
@@ -363,6 +376,7 @@ def fit(run: Run) -> Iterator[Step | Score]:
             batch_size=None,
             sampler=range(run.iteration * r.accumulate, r.steps * r.accumulate),
             num_workers=run.workers,
+            worker_init_fn=_deaf if run.workers else None,
             generator=torch.Generator(),
         )
     )
@@ -373,7 +387,18 @@ def fit(run: Run) -> Iterator[Step | Score]:
         yield from _validate(run, val_log, begun)
     while run.iteration < r.steps:
         start = time.perf_counter()
-        loaded = [next(loader) for _ in range(r.accumulate)]
+        try:
+            loaded = [next(loader) for _ in range(r.accumulate)]
+        except RuntimeError as error:  # a process that the kernel killed, say for its memory
+            if "DataLoader worker" not in str(error):
+                raise
+            log.flush()
+            run.save(run.last_path)
+            raise RunError(
+                f"a data loading process ended ({' '.join(str(error).split())}); iteration "
+                f"{run.iteration} is saved in {run.last_path}; go on with fewer of them: "
+                f"ftd train --resume {quote(str(run.out))} --workers 0"
+            ) from None
         waited = time.perf_counter() - start
         parts = [{name: b.to(device) for name, b in batches.items()} for batches in loaded]
 

@@ -35,6 +35,7 @@ from ftdpp.commands.shared import (
     known_domain,
     known_roots,
     print_choices,
+    require_ours,
     require_writable,
     weights_fact,
 )
@@ -114,6 +115,7 @@ def compare(
     require_writable(out, folder=True)
     results = results or out / "compare.json"
     require_writable(results)
+    require_ours(results, force=False)
     weights = imagenet_weights(pretrained, *(job.recipe for job in planned))
     built_in = [known_roots(*pair, roots) for pair in pairs][-1]  # each is looked at
     folder, folder_why = cache_folder(cache)

@@ -13,6 +13,7 @@ from ftdpp.commands.shared import (
     Checkpoint,
     Data,
     Device,
+    Force,
     RunPath,
     Threads,
     Version,
@@ -22,6 +23,7 @@ from ftdpp.commands.shared import (
     chosen_threads,
     fail,
     known_domain,
+    require_ours,
     require_writable,
 )
 from ftdpp.commands.using import load_system, run_origin
@@ -41,6 +43,7 @@ def report(
     data: Data = None,
     data_version: Version = None,
     count: Annotated[int, typer.Option(help="Pictured frames of each kind.", min=0)] = 2,
+    force: Force = False,
     device: Device = None,
     threads: Threads = None,
     cache: Cache = None,
@@ -52,8 +55,7 @@ def report(
 
     console = screen.messages()
     require_writable(out)
-    if out.exists() and out.suffix not in (".html", ".htm"):
-        raise fail(f"--out {out}: is there and no .html; name another file", USAGE)
+    require_ours(out, force)
     dev, why = chosen_device(device)
     screen.facts(console, [("device", str(dev), why), ("threads", *chosen_threads(threads))])
     origins = []
@@ -89,6 +91,7 @@ def show(
     rrd: Annotated[
         Path | None, typer.Option(help="Write a Rerun recording too (an extra).")
     ] = None,
+    force: Force = False,
     device: Device = None,
     threads: Threads = None,
 ) -> None:
@@ -103,6 +106,7 @@ def show(
     for path in (out, rrd):
         if path is not None:
             require_writable(path)
+            require_ours(path, force)
     if rrd is not None:
         recording.require()
     weights = checkpoint_of(run, checkpoint)

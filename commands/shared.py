@@ -73,6 +73,7 @@ Count = Annotated[
     int | None, typer.Option(help="How many pictures --overlay makes; default: 4.", min=1)
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a file that ftd did not write.")]
 Clip = Annotated[
     str | None,
     typer.Option(
@@ -230,12 +231,37 @@ def chosen_preset(name: str | None, device: Any, built_in: bool) -> tuple[str, s
 
 RUN_FILES = {
     *("last.safetensors", "best.safetensors", "run.json"),
-    *("log.csv", "val.csv", "audit.csv", "scores.json"),
+    *("log.csv", "val.csv", "audit.csv", "scores.json", "pseudo.safetensors"),
 }
+
+
+MARKS = {  # what the first bytes of a file hold that a command wrote
+    ".safetensors": b'"__metadata__":{"ftd"',
+    ".html": b'name="generator" content="ftd"',
+    ".png": b"Software\0ftd",
+    ".rrd": b"RRF",
+    ".json": b'"format"',
+}
+
+
+def require_ours(path: Path, force: bool) -> None:
+    """Refuses to replace a file that ftd did not write, unless that is asked for."""
+    if force or not path.is_file():
+        return
+    mark = MARKS.get(path.suffix.lower())
+    with path.open("rb") as file:
+        if mark is None or mark not in file.read(1 << 16):
+            raise fail(
+                f"{path}: is there, and ftd did not write it; name another file, or replace it "
+                "with --force",
+                USAGE,
+            )
 
 
 def require_writable(path: Path, folder: bool = False) -> None:
     """Refuses a file (or folder) that cannot be written, before hours of work would be lost."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise fail(f"{path}: is a pipe or a device; name a file", USAGE)
     place = path if folder else path.parent
     if path.is_dir() and not folder:
         raise fail(f"{path}: is a folder; name a file", USAGE)

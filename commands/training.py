@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ftdpp.commands.shared import (
+    RUN_FILES,
     SSDA,
     USAGE,
     Cache,
@@ -183,6 +184,11 @@ def train(
             f"{out} already holds a run; continue it with --resume {quote(str(out))}, or choose "
             "another folder with --out",
             USAGE,
+        )
+    found = sorted(name for name in RUN_FILES if (out / name).exists())
+    if "best.safetensors" in found or (found and "run.json" not in found):
+        raise fail(
+            f"{out}: holds {', '.join(found)}, which would be lost; choose another --out", USAGE
         )
     require_writable(out, folder=True)
     built_in = known_roots(src, tgt, roots)
@@ -387,4 +393,6 @@ def _drive(
     if run.best:
         chosen = f"iteration {run.best['iteration']} by {run.best['split']} mIoU"
     done = f"done: {run.last_path}, {run.best_path} ({chosen})"
+    if not run.best_path.is_file():
+        done = f"done: {run.last_path}; {run.best_path} was removed ({chosen})"
     console.print(done, soft_wrap=True)

@@ -16,6 +16,7 @@ from ftdpp.commands.shared import (
     Count,
     Data,
     Device,
+    Force,
     Frames,
     Overlay,
     RunPath,
@@ -27,6 +28,7 @@ from ftdpp.commands.shared import (
     chosen_threads,
     fail,
     known_domain,
+    require_ours,
     require_writable,
     tokens_of,
 )
@@ -201,6 +203,7 @@ def pseudo(
     ] = None,
     frames: Frames = None,
     as_json: AsJson = False,
+    force: Force = False,
     overlay: Overlay = None,
     count: Count = None,
     device: Device = None,
@@ -216,6 +219,7 @@ def pseudo(
 
     console = screen.messages()
     require_writable(out)
+    require_ours(out, force)
     require_overlay(overlay, count)
     path = checkpoint_of(run, checkpoint)
     dev, system, meta = load_system(path, device, threads, console)
@@ -305,12 +309,14 @@ def convert(
     fusion: Annotated[Path, typer.Option("--fusion", help="Released .pth of the fusion module.")],
     scenario: Annotated[str, typer.Option(help="e.g. usa-singapore; see ftd recipes.")],
     out: Annotated[Path, typer.Option(help="File to write, .safetensors.")],
+    force: Force = False,
 ) -> None:
     """Turn released FtD++ checkpoints into one that ftd eval and ftd pseudo read."""
     from ftdpp import released, screen, systems
 
     r = systems.recipe(scenario)
     require_writable(out)
+    require_ours(out, force)
     released.convert_checkpoints({"2d": net_2d, "3d": net_3d, "fusion": fusion}, r, out)
     target = scenario.split("-")[1]
     screen.messages().print(
@@ -323,6 +329,7 @@ def export(
     run: RunPath,
     out: Annotated[Path, typer.Option(help="File to write, .safetensors.")],
     checkpoint: Checkpoint = "best",
+    force: Force = False,
     cache: Cache = None,
 ) -> None:
     """Write a checkpoint with the networks that predict, and nothing else: no auxiliary network, no
@@ -331,6 +338,7 @@ def export(
     from ftdpp import screen
 
     require_writable(out)
+    require_ours(out, force)
     path = checkpoint_of(run, checkpoint)
     if out.resolve() == path.resolve():  # one that lies in no run's folder
         raise fail(f"--out {out}: is the checkpoint itself; name another file", USAGE)

@@ -201,6 +201,8 @@ _TABLES = (
 
 def _directory(root: Path, version: str | None) -> Path:
     versions = (version,) if version else ("v1.0-trainval", "v1.0-mini")
+    if version and PurePosixPath(version).name != version:
+        raise DataError(f"{root}: version {version!r}, expected the name of a folder in it")
     for name in versions:
         if (root / name).is_dir():
             return root / name

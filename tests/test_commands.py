@@ -80,7 +80,7 @@ PAIR = ("train", "--src", "usa", "--tgt", "singapore")
     (("data", "synth", "NONE/x", "--frames", "1,2"), 2, "expected 4 numbers"),
     (("data", "check", "NONE/nowhere", "--domain", "usa"), 3, "nowhere: there is no such folder"),
     (("data", "check", "/", "--domain", "moon"), 2, "unknown domain"),
-    (("data", "prepare", "/", "--domain", "usa", "--size", "0,3"), 2, "at least 1,1"),
+    (("data", "prepare", "/", "--domain", "usa", "--size", "0,3"), 2, "expected H,W of 1 to 32767"),
     (("recipes", "--scenario", "usa-moon"), 2, "unknown domain 'moon'"),
     (("frobnicate",), 2, "frobnicate"),
 ])  # fmt: skip

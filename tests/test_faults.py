@@ -526,8 +526,14 @@ def test_where_results_go(finished: Path, cache: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     before = {path.name: path.read_bytes() for path in run.iterdir()}
-    place = tmp_path / "a-folder"
+    place, device = tmp_path / "a-folder", tmp_path / "a-pipe.png"
     place.mkdir()
+    os.mkfifo(device)
+    endings = {"pseudo": "txt", "export": "safetensors", "report": "html", "show": "png"}
+    own = {name: tmp_path / f"thesis.{ending}" for name, ending in endings.items()}
+    for path in own.values():
+        path.write_text("mine")
+    known = {"RUN": run, "FOLDER": place, "HERE": tmp_path}
     rows = []
     for words in (["pseudo", run], ["export", run], ["report", run], ["show", run, 0]):
         for out, name in (
@@ -535,13 +541,14 @@ def test_where_results_go(finished: Path, cache: Path, tmp_path: Path) -> None:
             (run / "run.json", "RUN/run.json"),
             (place, "a folder"),
             (tmp_path / "missing\0", "a name with a NUL"),
+            (own[words[0]], "a file of somebody's own"),
+            (device, "a pipe"),
         ):
             args = [*words, "--out", out, "--threads", 1, "--cache", cache]
             args = args[: -4 if words[0] == "export" else None] if words[0] != "show" else args[:-2]
-            row = tried(
-                f"`ftd {words[0]} RUN --out` {name}", *args, places={"RUN": run, "FOLDER": place}
-            )
+            row = tried(f"`ftd {words[0]} RUN --out` {name}", *args, places=known)
             assert row.code == 2, row
             rows.append(row)
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    assert {path.read_text() for path in own.values()} == {"mine"}
     require_on_the_page("Where results go", rows)

@@ -329,7 +329,7 @@ def test_four_systems_on_one_page(finished: Path, world: Path, cache: Path, tmp_
     ("more", "code", "expected"),
     [
         (["--split", "tset"], 2, "--split tset: singapore has"),
-        (["--out", "notes.txt"], 2, "is there and no .html"),
+        (["--out", "notes.txt"], 2, "ftd did not write it"),
         (["--out", "RUN/log.csv"], 2, "is a run's own file"),
         (["nowhere"], 2, "nowhere: no such run folder"),
     ],
