@@ -59,7 +59,7 @@ class Record(TypedDict):
     has_label: bool
     counts: list[Count]  # rows of each class
     ignored: Count
-    dropped: Count  # points that are not finite
+    dropped: Count  # points that are not finite, or farther than FAR
     sha: str  # of its arrays
 
 
@@ -380,7 +380,7 @@ class FromDisk(NamedTuple):
     frame: Frame
     kept: Array  # (n,) i64, which of the points are the frame's rows; empty where these are pixels
     points: int
-    dropped: int  # points that are not finite
+    dropped: int  # points that are not finite, or farther than FAR
 
 
 def _huge() -> np.errstate:

@@ -365,7 +365,20 @@ def fit(run: Run) -> Iterator[Step | Score]:
 
     Raises:
         NonFiniteLoss: a term is nan or inf. Interrupted: `run.stop` was set; the state is saved.
+        RunError: a data loading process was killed.
     """
+    try:
+        yield from _fit(run)
+    except RuntimeError as error:  # raised wherever the process is when the kernel kills another
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RunError(
+            f"a data loading process ended ({' '.join(str(error).split())}); go on from the last "
+            f"save, with fewer of them: ftd train --resume {quote(str(run.out))} --workers 0"
+        ) from None
+
+
+def _fit(run: Run) -> Iterator[Step | Score]:
     r, device = run.recipe, run.device
     machine.keep_freed_memory()
     run.out.mkdir(parents=True, exist_ok=True)
@@ -387,18 +400,7 @@ def fit(run: Run) -> Iterator[Step | Score]:
         yield from _validate(run, val_log, begun)
     while run.iteration < r.steps:
         start = time.perf_counter()
-        try:
-            loaded = [next(loader) for _ in range(r.accumulate)]
-        except RuntimeError as error:  # a process that the kernel killed, say for its memory
-            if "DataLoader worker" not in str(error):
-                raise
-            log.flush()
-            run.save(run.last_path)
-            raise RunError(
-                f"a data loading process ended ({' '.join(str(error).split())}); iteration "
-                f"{run.iteration} is saved in {run.last_path}; go on with fewer of them: "
-                f"ftd train --resume {quote(str(run.out))} --workers 0"
-            ) from None
+        loaded = [next(loader) for _ in range(r.accumulate)]
         waited = time.perf_counter() - start
         parts = [{name: b.to(device) for name, b in batches.items()} for batches in loaded]
 

@@ -101,7 +101,7 @@ ftd.main()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_killed_and_resumed_is_the_run_left_alone(
     number: signal.Signals,
     finished: Path,
