@@ -77,6 +77,9 @@ def gather(
         )
         one.rows = _figures(folder)
         shown.append(one)
+    for one in shown if len(shown) > 1 else []:  # what all have is said once, above
+        own = [text for text in one.meta.get("given", ()) if text not in common_settings(shown)]
+        one.title = one.name = runs.title(one.system.recipe, tuple(own))
     if len({one.meta.get("seed") for one in shown}) > 1 or len(shown) > len(
         {one.title for one in shown}
     ):
@@ -86,6 +89,12 @@ def gather(
         for one in shown:
             one.name += f", {one.system.recipe.scenario.replace('-', ' -> ', 1)}"
     return shown
+
+
+def common_settings(shown: Sequence[Shown]) -> list[str]:
+    """Settings that the user chose for every one of several runs."""
+    given = [one.meta.get("given", ()) for one in shown]
+    return [text for text in given[0] if all(text in other for other in given)]
 
 
 def _require_alike(first: Shown, folder: Path, classes: str, index: Index) -> None:
@@ -175,6 +184,8 @@ def page(shown: Sequence[Shown], count: int, device: torch.device | str = "cpu")
         f"{'pixels' if _dense(first.index) else 'points'}. "
         "Everything on this page but the figures of other splits, which say so, is about them."
     )
+    if len(shown) > 1 and (common := common_settings(shown)):
+        about += f" All runs: {', '.join(common)}."
     body = "".join(
         f'<section id="{key}"><h2>{escape(text)}</h2>{content}</section>'
         for key, text, content in sections

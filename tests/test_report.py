@@ -251,6 +251,15 @@ def test_the_page_says_what_was_measured(
     assert "2D = its teacher&#x27;s" in text or "2D = its teacher's" in text
 
 
+def test_settings_of_all_runs_are_said_once(written: Path) -> None:
+    """A run is named by what tells it apart."""
+    text = written.read_text()
+    shared = text.split("All runs: ")[1].split(".</p>")[0].split(", ")
+    title = text.split("<h1>")[1].split("</h1>")[0]
+    assert "width_3d=4" in shared and "width_3d" not in title
+    assert "steps=6" in title and "steps=4" in title
+
+
 def test_two_reports_are_equal(
     written: Path, other: Path, finished: Path, cache: Path, tmp_path: Path
 ) -> None:
