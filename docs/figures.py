@@ -1,6 +1,6 @@
 """Makes the figure and the pictures of these pages:
 
-    python docs/figures.py RUN WORLD [--clip RUNS] [--weak RUN] [--terminal RUN]
+    python docs/figures.py RUN WORLD [--clip RUNS] [--weak RUN]
 
 RUN is a run folder of `ftd train` on day -> night; that of the README was made by
 
@@ -8,28 +8,22 @@ RUN is a run folder of `ftd train` on day -> night; that of the README was made 
 
 WORLD is a folder in which six small street worlds are kept, written on first use. RUNS is the
 folder of a comparison of clip-source-only and clip2uda on day -> night, RUN after --weak a run of
-`weak`, RUN after --terminal any run: its log is shown once more, as the terminal showed it.
-Without arguments only the figure is made, which needs none of them.
+`weak`. Without arguments only the figure is made, which needs none of them.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from rich.console import Console, Group
 
 import ftdpp
-from ftdpp import checkpoint, inference, pictures, runs, screen, train
+from ftdpp import inference, pictures, runs
 from ftdpp.data import CLASS_SETS, UNLABELLED, Frame
-from ftdpp.evaluate import Score
 from ftdpp.index import Index, few_labels, original_frames, prepare
 from ftdpp.readers import domains
 from ftdpp.systems import clip2uda
@@ -308,56 +302,12 @@ def weak_picture(run: Path) -> Image.Image:
     return grid(tiles | {"truth": drawn(frame, frame.label)}, 3)
 
 
-# ---- the terminal --------------------------------------------------------------------------------
-
-SHOWN_SHARE = 0.7  # of the iterations
-VALIDATED = 48  # frames of the built-in val splits
-
-
-def terminal(run: Path) -> str:
-    """What a terminal shows in the midst of a run: its log on the same display, as SVG."""
-    with (run / "log.csv").open(newline="") as file:
-        log = [dict(row) for row in csv.DictReader(file)]
-    with (run / "val.csv").open(newline="") as file:
-        validations = {int(row["iteration"]): dict(row) for row in csv.DictReader(file)}
-    system, meta = checkpoint.load(run / "last.safetensors")
-    r = system.recipe
-    name = runs.title(r, tuple(meta["given"]))
-    pace = float(next(reversed(validations.values()))["seconds"]) / len(log)
-    now = 0.0
-    console = Console(
-        width=112, record=True, force_terminal=True, highlight=False, file=io.StringIO()
-    )
-    work = system.cost(r) * r.steps
-    display = screen.Display(console, work, lambda: now)
-    best = 0.0
-    words = f"$ ftd train --src {' --tgt '.join(r.scenario.split('-'))} --method {r.method}"
-    console.print(words)
-    for row in log[: round(SHOWN_SHARE * len(log))]:
-        now += pace
-        terms = {key: float(value) for key, value in row.items() if key != "iteration" and value}
-        iteration = int(row["iteration"])
-        step = train.Step(iteration, terms, pace, 0.01)
-        display.step(name, step, r.steps, system.cost(r), 1_300_000_000)
-        if iteration in validations:
-            found = validations[iteration]
-            miou = {head: float(found[f"mIoU {head}"]) for head in system.heads}
-            frames = "val", f"iteration {iteration}", VALIDATED, 0
-            score = Score(r.scenario.split("-")[1], *frames, miou, {}, 0, [])
-            display.validated(name, score, miou[system.heads[-1]] > best, 0.0)
-            best = max(best, miou[system.heads[-1]])
-    console.print(Group(*display.live.get_renderables()))
-    text = console.export_svg(title="ftd train", clear=True)
-    return re.sub(r"@font-face \{.*?\}\s*", "", text, flags=re.S)  # nothing from elsewhere
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", nargs="?", type=Path)
     parser.add_argument("world", nargs="?", type=Path)
     parser.add_argument("--clip", type=Path)
     parser.add_argument("--weak", type=Path)
-    parser.add_argument("--terminal", type=Path)
     args = parser.parse_args()
     (HERE / "ftdpp.svg").write_text(figure())
     if args.run is not None:
@@ -369,8 +319,6 @@ def main() -> None:
         save(clip_picture(args.clip), "clip2uda.jpg")
     if args.weak is not None:
         save(weak_picture(args.weak), "weak.jpg")
-    if args.terminal is not None:
-        (HERE / "terminal.svg").write_text(terminal(args.terminal))
 
 
 if __name__ == "__main__":
