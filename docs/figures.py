@@ -1,6 +1,6 @@
 """Makes the figure and the pictures of these pages:
 
-    python docs/figures.py RUN WORLD [--clip RUNS] [--weak RUN]
+    python docs/figures.py RUN WORLD [--clip RUNS] [--weak RUN] [--terminal FOLDER]
 
 RUN is a run folder of `ftd train` on day -> night; that of the README was made by
 
@@ -8,21 +8,25 @@ RUN is a run folder of `ftd train` on day -> night; that of the README was made 
 
 WORLD is a folder in which six small street worlds are kept, written on first use. RUNS is the
 folder of a comparison of clip-source-only and clip2uda on day -> night, RUN after --weak a run of
-`weak`. Without arguments only the figure is made, which needs none of them.
+`weak`. --terminal trains for a minute or two, in a new folder. Without arguments only the figure
+is made, which needs none of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from rich.console import Console, Group
 
 import ftdpp
-from ftdpp import inference, pictures, runs
+from ftdpp import files, inference, machine, pictures, runs, screen, systems, train
 from ftdpp.data import CLASS_SETS, UNLABELLED, Frame
 from ftdpp.index import Index, few_labels, original_frames, prepare
 from ftdpp.readers import domains
@@ -302,12 +306,52 @@ def weak_picture(run: Path) -> Image.Image:
     return grid(tiles | {"truth": drawn(frame, frame.label)}, 3)
 
 
+# ---- the terminal --------------------------------------------------------------------------------
+
+STEPS, SEEN = 64, 52  # iterations of the run, and the one at which the picture is taken
+
+
+def terminal(folder: Path) -> str:
+    """What a terminal shows in the midst of a training on the built-in world, as SVG.
+
+    The run is real: so are losses, times, memory and validations.
+    """
+    cache, out = files.cache_home(), folder / "run"
+    src, tgt = layouts.built_in("usa", "singapore", cache, 1)
+    chosen = (f"steps={STEPS}", f"milestones={SEEN}", f"val_every={STEPS // 4}")
+    r = systems.recipe("usa-singapore", "ftdpp", "small", overrides=chosen)
+    origins = {
+        "src": runs.Origin("usa", src),
+        "tgt": runs.Origin("singapore", tgt),
+        "val": runs.Origin("singapore", tgt),
+    }
+    run, _ = runs.assemble(r, 0, out, runs.Places(origins, cache, True))
+    shown = {"force_terminal": True, "highlight": False, "file": io.StringIO()}
+    console = Console(width=112, record=True, **shown)
+    console.print(f"$ ftd train --src usa --tgt singapore --steps {STEPS}")
+    display, best = screen.Display(console, runs.work_left(run)), 0.0
+    for event in train.fit(run):
+        if isinstance(event, train.Step):
+            memory = machine.peak_memory(run.device)
+            display.step("ftdpp", event, r.steps, run.system.cost(r), memory)
+        else:
+            score = event.miou[run.system.heads[-1]]
+            display.validated("ftdpp", event, score > best, float(event.frames))
+            best = max(best, score)
+        if isinstance(event, train.Step) and event.iteration == SEEN:
+            break
+    console.print(Group(*display.live.get_renderables()))
+    text = console.export_svg(title="ftd train")
+    return re.sub(r"@font-face \{.*?\}\s*", "", text, flags=re.S)  # nothing from elsewhere
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", nargs="?", type=Path)
     parser.add_argument("world", nargs="?", type=Path)
     parser.add_argument("--clip", type=Path)
     parser.add_argument("--weak", type=Path)
+    parser.add_argument("--terminal", type=Path)
     args = parser.parse_args()
     (HERE / "ftdpp.svg").write_text(figure())
     if args.run is not None:
@@ -319,6 +363,8 @@ def main() -> None:
         save(clip_picture(args.clip), "clip2uda.jpg")
     if args.weak is not None:
         save(weak_picture(args.weak), "weak.jpg")
+    if args.terminal is not None:
+        (HERE / "terminal.svg").write_text(terminal(args.terminal))
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def test_the_front_page_is_short() -> None:
     assert len(README.splitlines()) <= 330
     lead = README.split("\n## ")[0]
     [picture] = re.findall(r"^!\[[^\]]+\]\(([^)]+)\)$", lead, flags=re.M)
-    assert README.count("![") == 1 and (ROOT / picture).exists()
+    assert README.count("![") == 2 and (ROOT / picture).exists()
     assert lead.index("![") < 20, "the picture comes first"
     order = ["## Two commands", "make demo", "## Results", "<!-- results: ", "## Use it"]
     assert sorted(order, key=README.index) == order
