@@ -160,7 +160,7 @@ def page(shown: Sequence[Shown], count: int, device: torch.device | str = "cpu")
         shown: the first is the baseline that the others are compared with; the last is the one
             whose frames are pictured. count: how many frames of a kind.
     """
-    first, last = shown[0], shown[-1]
+    first = shown[0]
     target = first.index.identity["domain"]
     part = first.index.identity["split"] or "chosen frames"
     sections = [
@@ -175,8 +175,9 @@ def page(shown: Sequence[Shown], count: int, device: torch.device | str = "cpu")
     ]
     sections = [section for section in sections if section[2]]
     names = ", ".join(dict.fromkeys(one.title for one in shown))
-    scenario = last.system.recipe.scenario.removesuffix("-ssda").replace("-", " → ", 1)
-    title = f"{scenario}: {names}"
+    scenarios = {one.system.recipe.scenario.removesuffix("-ssda") for one in shown}
+    where = scenarios.pop().replace("-", " → ", 1) if len(scenarios) == 1 else target
+    title = f"{where}: {names}"
     menu = "".join(f'<a href="#{key}">{escape(text)}</a>' for key, text, _ in sections)
     about = (
         f"Looked at: {plural(len(first.index), 'frame')} of {target} {part}, "

@@ -331,6 +331,7 @@ def test_four_systems_on_one_page(finished: Path, world: Path, cache: Path, tmp_
     assert text.count("a reconstruction") == 3
     assert "pseudo-labels on val: precision after, percent" in text
     assert "singapore -&gt; singapore" in text and "weak[" in text
+    assert "<h1>singapore: ftdpp[" in text, "of two scenarios, their target"
     assert "loss term contrast" in text and "loss term distill_fused" in text
 
 
