@@ -41,6 +41,7 @@ from ftdpp.docs.lesson_pictures import (
     drawn_map,
     drawn_slots,
     from_above,
+    heat,
     over_photo,
     picture_of,
     save,
@@ -48,7 +49,7 @@ from ftdpp.docs.lesson_pictures import (
 from ftdpp.evaluate import refine
 from ftdpp.index import Index, few_labels, original_frames, prepare
 from ftdpp.kernels import naive, reference
-from ftdpp.losses import log_smoothed_weights
+from ftdpp.losses import kl_rows, log_smoothed_weights
 from ftdpp.models import update_teacher
 from ftdpp.systems import Chance, crossmatch, ftdpp, weak
 from ftdpp.train import Batches
@@ -291,6 +292,15 @@ def fusion(a: Lesson) -> str:
     own = feat[: batch.counts[0]]
     alone, beside = attend(own), attend(feat)[: len(own)]
     assert (alone - beside).abs().max() > 3e-3 * alone.abs().max()
+    with torch.no_grad():  # one memory row of the first head, the one that differs most by point
+        scores = attend.expand(feat).chunk(attend.heads, 1)[0] @ attend.key.weight.t()
+        weight = scores.softmax(0)
+        row = int((weight.std(0) / weight.mean(0)).argmax())
+        tiles = {
+            "softmax over the points": heat(batch, weight[:, row]),
+            "its share of a point's memory": heat(batch, (weight / weight.sum(1, True))[:, row]),
+        }
+    a.drawings["fusion.jpg"] = figures.grid(tiles, 2)
     rows = [
         f"{name:9}  {net.expand.in_features:2} channels, {net.heads} heads of "
         f"{net.expand.out_features // net.heads:2}, {net.SLOTS} memory rows"
@@ -332,6 +342,7 @@ def losses(a: Lesson) -> str:
     for head in ("2d", "3d"):
         confidence, label = a.said[head].max(1)
         a.unlabelled.pseudo[head] = refine(label, confidence, len(NAMES))[0]
+    a.drawings["losses.jpg"] = figures.grid(point_by_point(a), 3)
     a.seed()
     a.terms = a.system("all", a.batches, Chance(SEED, 0))
     assert a.terms.keys() == TERMS.keys()
@@ -340,6 +351,32 @@ def losses(a: Lesson) -> str:
         for name, (what, where) in TERMS.items()
     ]
     return table("term | what teaches what | value | lines", rows)
+
+
+@torch.no_grad()
+def point_by_point(a: Lesson) -> dict[str, Image.Image]:
+    """What each kind of term is at every point of one frame."""
+    src, tgt = a.labelled, a.unlabelled
+    a.seed()
+    s, t = (a.student(b.image, b.pixel, b.points) for b in (src, tgt))
+    image, coords = ftdpp.stylise(src, tgt, a.recipe, True)
+    taught = a.system.teacher(image, src.pixel, coords)
+    heads = s.main_2d, s.main_3d, taught.main_2d, taught.main_3d
+    p2, p3, t2, t3 = (F.softmax(x, 1) for x in heads)
+    q3, both = F.softmax(t.main_3d, 1), F.softmax(t2 + t3, 1)
+
+    def of(logits: Tensor, label: Tensor) -> Tensor:
+        found = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")
+        return found.masked_fill(label == IGNORE, torch.nan)
+
+    return {
+        "seg_2d": heat(src, of(s.main_2d, src.label)),
+        "mimic_2d_src": heat(src, kl_rows(p3, F.softmax(s.mimic_2d, 1))),
+        "mimic_2d_tgt": heat(tgt, kl_rows(q3, F.softmax(t.mimic_2d, 1))),
+        "distill_single": heat(src, kl_rows(t2, p2) + kl_rows(t3, p3)),
+        "distill_fused": heat(src, kl_rows(both, p2) + kl_rows(both, p3)),
+        "pseudo_2d": heat(tgt, of(t.main_2d, tgt.pseudo["2d"])),
+    }
 
 
 def reach(a: Lesson) -> str:

@@ -32,6 +32,30 @@ def over_photo(batch: Batch, label: Tensor) -> Image.Image:
     return pictures.panel_images(frame, pictures.Panel("", shown), NAMES, 440)[0]
 
 
+WIDE = 300  # pixels of a tile
+LOW, HIGH = np.array([38, 60, 150]), np.array([255, 222, 60])  # dark blue to yellow
+
+
+def heat(batch: Batch, value: Tensor) -> Image.Image:
+    """A number of each point of the first frame of a batch, over its image: from the smallest,
+    blue, to what two in a hundred exceed, yellow. NaN is not drawn."""
+    n = batch.counts[0]
+    numbers = value[:n].double().numpy()
+    known = np.isfinite(numbers)
+    low, high = np.nanmin(numbers), np.nanquantile(numbers, 0.98)
+    level = np.clip((numbers - low) / max(high - low, 1e-12), 0, 1)
+    photo = picture_of(batch.image[0])
+    scale = WIDE / photo.width
+    tile = photo.convert("L").convert("RGB").resize((WIDE, round(photo.height * scale)))
+    draw = ImageDraw.Draw(tile)
+    for i in np.argsort(np.where(known, level, -1)):
+        if known[i]:
+            row, col = (batch.pixel[i].numpy() + 0.5) * scale
+            colour = tuple((LOW + level[i] * (HIGH - LOW)).astype(int).tolist())
+            draw.ellipse((col - 2, row - 2, col + 2, row + 2), colour)
+    return tile
+
+
 def from_above(batch: Batch, level: int) -> Image.Image:
     """The voxels of the first frame of a batch, coloured by the commonest label of their points."""
     n = batch.counts[0]
