@@ -238,9 +238,7 @@ RUN_FILES = {
 MARKS = {  # what the first bytes of a file hold that a command wrote
     ".safetensors": b'"__metadata__":{"ftd"',
     ".html": b'name="generator" content="ftd"',
-    ".png": b"Software\0ftd",
-    ".rrd": b"RRF",
-    ".json": b'"format"',
+    ".png": b"Software\0ftd",  # pictures.MARK
 }
 
 

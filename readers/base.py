@@ -7,7 +7,6 @@ depth in metres along the optical axis of the camera.
 from __future__ import annotations
 
 import math
-import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image, ImageFile
+
+from ftdpp import files
 
 Array = np.ndarray[Any, np.dtype[Any]]
 PIXELS = 1 << 24  # a larger image is refused before it is decoded; those of Cityscapes have 2^21
@@ -274,15 +275,13 @@ def missing(path: Path) -> DataError:
 
 
 def regular(path: Path) -> Path:
-    """The path of a file that can be read to its end.
-
-    Raises:
-        FileNotFoundError: it is not there. DataError: it is no file: a pipe or a device may never
-            end.
-    """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise DataError(f"{path}: is a folder, a pipe or a device, expected a file; restore it")
-    return path
+    """`files.regular` of a data set. Raises FileNotFoundError; DataError where it is no file."""
+    try:
+        return files.regular(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; restore it") from None
 
 
 def read_array(path: Path, dtype: type[np.generic], columns: int) -> Array:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from ftdpp import checkpoint, files, pictures, readers, runs
+from ftdpp.commands import shared
 from ftdpp.index import FAR, prepare, read_frame
 from ftdpp.tests import layouts
 from ftdpp.tests.commands import ftd, same_bytes, train_args, words
@@ -146,6 +147,7 @@ def test_a_picture_of_somebody_s_own_is_not_replaced(
     args = ("eval", finished, "--cache", cache, "--threads", 1, "--overlay", folder, "--count", 1)
     assert ftd(*args).exit_code == 0
     [picture] = folder.iterdir()
+    assert shared.MARKS[".png"] == pictures.MARK
     assert pictures.MARK in picture.read_bytes()[:4096]
     assert ftd(*args).exit_code == 0, "one of ours is"
     picture.write_bytes(b"mine")
@@ -165,6 +167,15 @@ def test_a_run_s_files_without_its_checkpoint(
         found = ftd(*train_args(out, world, cache))
         assert found.exit_code == 2 and f"holds {name}" in words(found)
         (out / name).unlink()
+
+
+def test_results_of_somebody_s_own_are_not_replaced(tmp_path: Path) -> None:
+    """Not even JSON that has a format."""
+    path = tmp_path / "thesis.json"
+    path.write_text('{"format": 1}')
+    found = ftd("compare", "--preset", "small", "--results", path, "--out", tmp_path / "runs")
+    assert found.exit_code == 1 and "not a file of ftd compare" in words(found)
+    assert path.read_text() == '{"format": 1}'
 
 
 def test_force_replaces(finished: Path, tmp_path: Path) -> None:
