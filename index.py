@@ -39,7 +39,7 @@ from ftdpp.readers import (
     reader_of,
     stamp,
 )
-from ftdpp.readers.base import regular, why
+from ftdpp.readers.base import regular, require_known, why
 
 FORMAT = 2  # version of the prepared index; a change makes old ones stale
 FAR = 1000.0  # metres: no LiDAR sees so far, and one such point would leave the grid to itself
@@ -200,6 +200,10 @@ class Index:
             )
         self._seen[i] = 1
         return frame
+
+    def rows(self) -> Array:
+        """Points or pixels of each frame, i64 (F,)."""
+        return np.array([record["rows"] for record in self._records], np.int64)
 
     def counts(self) -> Array:
         """Points per class, i64 (K,); ignored points are not in it."""
@@ -415,11 +419,8 @@ def read_frame(ref: FrameRef, table: Array, size: tuple[int, int] | None) -> Fro
             f"{ref.label_path}: {len(raw.labels)} labels for {len(raw.points)} points; "
             "download both again"
         )
-    if raw.labels is not None and raw.labels.max(initial=0) >= len(table):
-        raise DataError(
-            f"{ref.label_path}: label id {raw.labels.max()}, expected < {len(table)}; "
-            "restore the file"
-        )
+    if raw.labels is not None and ref.label_path is not None:
+        require_known(ref.label_path, raw.labels, reader.categories(ref))
     if raw.depth is not None and raw.depth.shape != found:
         raise DataError(
             f"{ref.depth_path}: depth of shape {raw.depth.shape} for an image of {found}; "

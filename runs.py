@@ -306,6 +306,8 @@ def _index_fact(name: str, index: Index, origin: Origin, why: str) -> Fact:
         test = list_frames(origin.root, domain, "test", origin.version)
         held_out = len({ref.token for ref in test} & set(index.tokens))
         why += f"; {held_out} OF THEM BELONG TO THE TEST SPLIT" if held_out else ""
+    empty = index.fingerprint["empty_frames"]
+    why += f"; LEFT OUT: {plural(empty, 'frame')} without a point in the image" if empty else ""
     size = f"{plural(len(index), 'frame')}, {index.fingerprint['points']:,} points"
     return name, size, f"{index.identity['domain']} {split}: {why}"
 

@@ -138,7 +138,7 @@ class A2d2(Reader):
         return rows, raw.row_col[rows], depth[rows]
 
     def categories(self, ref: FrameRef) -> Mapping[int, str]:
-        return dict(ref.categories)
+        return dict(ref.categories) | {_NO_COLOUR: "no class"}
 
     def tables(self, root: Path, version: str | None, refs: Sequence[FrameRef]) -> list[Path]:
         return _tables(_base(root))
@@ -315,8 +315,10 @@ def _camera(file: tuple[str, int, int]) -> _Camera:
             raise ValueError("matrices need 3x3 numbers, Distortion 4 or 5")
         if not all(np.isfinite(array).all() for array in (new, old, distortion)):
             raise ValueError("a number is not finite")
-        if not (new[0, 0] > 0 < new[1, 1]):
-            raise ValueError("a focal length is not positive")
+        if not all(1 <= matrix[i, i] <= 1e6 for matrix in (new, old) for i in (0, 1)):
+            raise ValueError("a focal length is not from 1 to 1e6 pixels")
+        if not all((np.abs(array) <= 1e6).all() for array in (new, old, distortion)):
+            raise ValueError("a number is above 1e6")
         whole = all(n > 0 and n == int(n) for n in (height, width))
         if not whole or height * width > PIXELS:
             raise ValueError(f"Resolution {width}x{height}")

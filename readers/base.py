@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,10 +212,14 @@ def inside_image(uvw: Array, rows: Array, image_size: tuple[int, int]) -> tuple[
     return rows[inside], row_col[inside]
 
 
+RESTORE = "restore the original file"
+
+
 def make_calib(path: Path, steps: Iterable[tuple[Any, Any, bool]], camera: Any) -> Calib:
     """A calibration from the numbers that `path` holds.
 
-    Raises DataError for what is no number or not finite: a NaN would silently empty every frame.
+    Raises DataError for what no camera has: such numbers would silently empty every frame, or put
+    all of its points on one pixel.
     """
     try:
         calib = Calib(
@@ -230,14 +234,42 @@ def make_calib(path: Path, steps: Iterable[tuple[Any, Any, bool]], camera: Any) 
     complete = [len(row) for row in calib.camera] == [columns] * 3 and all(
         len(q) == 4 and len(t) == 3 and any(q) for q, t, _ in calib.steps
     )
-    numbers = [x for row in calib.camera for x in row]
-    numbers += [x for q, t, _ in calib.steps for x in (*q, *t)]
-    if not complete or not all(map(math.isfinite, numbers)):
-        raise DataError(
-            f"{path}: calibration holds missing, zero or non-finite numbers; "
-            "restore the original file"
-        )
+    if not complete:
+        raise DataError(f"{path}: calibration holds missing or zero numbers; {RESTORE}")
+    # The last row is the optical axis; focal lengths are what of the others is at right angles to
+    # it, in an intrinsic matrix and in one that is turned.
+    rows = np.array(calib.camera)[:, :3]
+    with np.errstate(all="ignore"):
+        axis = np.linalg.norm(rows[2])
+        across = rows[:2] - np.outer(rows[:2] @ rows[2], rows[2]) / axis**2
+        focal = np.linalg.norm(across, axis=1)
+    turns = [math.hypot(*q) for q, _, _ in calib.steps]
+    shifts = [x for _, t, _ in calib.steps for x in t] + [row[3] for row in calib.camera if row[3:]]
+    limits: list[tuple[str, list[float], float, float]] = [
+        ("focal length (pixels)", focal.tolist(), 1, 1e6),
+        ("length of an axis", [float(axis), *turns], 0.5, 2),
+        ("shift", list(map(abs, shifts)), 0, 1e9),
+    ]
+    for what, found, low, high in limits:
+        wrong = [x for x in found if not low <= x <= high]  # NaN is among them
+        if wrong:
+            raise DataError(
+                f"{path}: calibration holds a {what} of {wrong[0]:.3g}, expected {low:g} to "
+                f"{high:g}; {RESTORE}"
+            )
     return calib
+
+
+def require_known(path: Path, labels: Array, known: Collection[int]) -> None:
+    """Raises DataError for a label id (whole numbers, not negative) that the data set has not."""
+    found = np.bincount(labels.ravel(), minlength=1)
+    strange = sorted(set(np.flatnonzero(found).tolist()) - set(known))
+    if strange:
+        some = ", ".join(map(str, strange[:5])) + (", ..." if len(strange) > 5 else "")
+        raise DataError(
+            f"{path}: label ids {some} ({plural(int(found[strange].sum()), 'row')}), which the "
+            "data set does not have; these are no original labels, restore the file"
+        )
 
 
 def raw_labels(label: Array, ids: Array) -> Array:

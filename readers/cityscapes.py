@@ -31,7 +31,7 @@ from ftdpp.readers.base import (
     read_image,
     regular,
 )
-from ftdpp.readers.dense import DenseReader, read_16_bits, read_ids, require_known, require_size
+from ftdpp.readers.dense import DenseReader, read_16_bits, read_ids, require_size
 
 # Licence plates have the id -1 and are in no label image.
 RAW_NAMES = dict(
@@ -108,7 +108,6 @@ class Cityscapes(DenseReader):
         if ref.label_path is not None:
             labels = read_ids(ref.label_path)
             require_size(ref.label_path, labels, image, ref.image_path)
-            require_known(ref.label_path, labels, RAW_NAMES)
         if ref.depth_path is not None:
             disparity = read_16_bits(ref.depth_path)
             require_size(ref.depth_path, disparity, image, ref.image_path)

@@ -5,7 +5,6 @@ A dense data set labels the pixels of an image; it has no LiDAR. All of its imag
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -69,15 +68,6 @@ def require_size(path: Path, pixels: Array | None, image: Image.Image, image_pat
         raise DataError(
             f"{path}: {pixels.shape} (H, W), expected {(image.height, image.width)} "
             f"as {image_path}; restore both"
-        )
-
-
-def require_known(path: Path, labels: Array, known: Collection[int]) -> None:
-    """Raises DataError for a label id that the data set does not have."""
-    if labels.max(initial=0) > max(known):
-        raise DataError(
-            f"{path}: label id {labels.max()}, expected 0 to {max(known)}; "
-            "these are no original label ids, restore the file"
         )
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from ftdpp.readers.base import Array, DataError, Domain, FrameRef, RawFrame, read_image
 from ftdpp.readers.cityscapes import CLASSES
 from ftdpp.readers.cityscapes import RAW_NAMES as CITYSCAPES_NAMES
-from ftdpp.readers.dense import DenseReader, names, read_ids, require_known, require_size
+from ftdpp.readers.dense import DenseReader, names, read_ids, require_size
 
 RAW_NAMES = {**CITYSCAPES_NAMES, 34: "license plate"}
 STRETCH = 0.05  # labels whose height and width differ from the image's by up to this are stretched
@@ -60,7 +60,6 @@ class Gta5(DenseReader):
         if ref.label_path is not None:
             labels = _stretched(read_ids(ref.label_path), image)
             require_size(ref.label_path, labels, image, ref.image_path)
-            require_known(ref.label_path, labels, RAW_NAMES)
         return RawFrame(image=image, labels=labels)
 
     def categories(self, ref: FrameRef) -> Mapping[int, str]:

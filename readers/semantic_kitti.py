@@ -206,4 +206,6 @@ def _read_calib(path: Path) -> Calib:
         ) from None
     # Single precision on purpose: the released code rounds the product, and with it the last bits
     # of every pixel.
-    return make_calib(path, [], (p2 @ np.vstack([tr, [0, 0, 0, 1]])).astype(np.float32))
+    with np.errstate(over="ignore", invalid="ignore"):  # make_calib refuses what is not finite
+        product = (p2 @ np.vstack([tr, [0, 0, 0, 1]])).astype(np.float32)
+    return make_calib(path, [], product)

@@ -19,7 +19,7 @@ import numpy as np
 
 from ftdpp.readers.base import DataError, Domain, FrameRef, RawFrame, read_image
 from ftdpp.readers.cityscapes import CLASSES
-from ftdpp.readers.dense import DenseReader, names, read_16_bits, require_known, require_size
+from ftdpp.readers.dense import DenseReader, names, read_16_bits, require_size
 
 RAW_NAMES = dict(
     enumerate(
@@ -73,7 +73,6 @@ class Synthia(DenseReader):
         if ref.label_path is not None:
             labels = read_16_bits(ref.label_path)
             require_size(ref.label_path, labels, image, ref.image_path)
-            require_known(ref.label_path, labels, RAW_NAMES)
         if ref.depth_path is not None:
             centimetres = read_16_bits(ref.depth_path)
             require_size(ref.depth_path, centimetres, image, ref.image_path)

@@ -94,7 +94,7 @@ class VirtualKitti(Reader):
         assert ref.points_path is not None
         cloud = _read_cloud(ref.points_path)
         points, labels = cloud[:, :3].astype(np.float32), cloud[:, 6]
-        known = np.isin(labels, list(_RAW_NAMES))
+        known = np.isin(labels, list(_RAW_NAMES))  # before a half or a NaN becomes a whole number
         if not known.all():
             raise DataError(
                 f"{ref.points_path}: label {labels[~known][0]:g}, expected 0 to 13 or 99; "

@@ -15,9 +15,11 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -207,6 +209,101 @@ def test_files_of_a_data_set(name: str, tmp_path: Path) -> None:
     )
 
 
+# ---- numbers that no camera has, labels that no data set has -------------------------------------
+
+
+def number(path: str, *keys: Any) -> Callable[[Any, Path], None]:
+    """Puts a number at a place in a JSON file."""
+
+    def change(value: Any, root: Path) -> None:
+        content = json.loads((root / path).read_text())
+        place = content
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+        (root / path).write_text(json.dumps(content))
+
+    return change
+
+
+def row_of(key: str, at: int) -> Callable[[Any, Path], None]:
+    """Puts a number into a row of KITTI's calib.txt."""
+
+    def change(value: Any, root: Path) -> None:
+        path = root / "sequences/00/calib.txt"
+        rows = dict(line.split(":") for line in path.read_text().splitlines())
+        words = rows[key].split()
+        words[at] = str(value)
+        rows[key] = " ".join(words)
+        path.write_text("".join(f"{name}: {row}\n" for name, row in rows.items()))
+
+    return change
+
+
+CAMERAS: dict[str, tuple[str, Callable[[Any, Path], None], tuple[Any, ...]]] = {
+    "focal length": (
+        "nuScenes",
+        number(f"{TABLES}/calibrated_sensor.json", 1, "camera_intrinsic", 0, 0),
+        (0, 1e-310, 1e308),
+    ),
+    "place of the camera": (
+        "nuScenes",
+        number(f"{TABLES}/calibrated_sensor.json", 1, "translation", 2),
+        (1e308, -1e308),
+    ),
+    "rotation of the ego pose": (
+        "nuScenes",
+        number(f"{TABLES}/ego_pose.json", 0, "rotation"),
+        ([0, 0, 0, 0], [1e-310, 0, 0, 0], [1e200, 1e200, 0, 0], [5, 0, 0, 0]),
+    ),
+    "focal length in P2": ("SemanticKITTI", row_of("P2", 0), (0, 1e-30, 1e30, 1e308, "nan")),
+    "an axis in Tr": ("SemanticKITTI", row_of("Tr", 8), (0, 1e-30, 1e30, "inf")),
+    "a shift in Tr": ("SemanticKITTI", row_of("Tr", 3), (1e30,)),
+    "`CamMatrix`": (
+        "A2D2",
+        number("cams_lidars.json", "cameras", "front_center", "CamMatrix", 0, 0),
+        (0, -80, 1e-310, 1e308),
+    ),
+    "`Distortion`": (
+        "A2D2",
+        number("cams_lidars.json", "cameras", "front_center", "Distortion", 0, 1),
+        (1e308, "much"),
+    ),
+}
+STRANGE = {  # data set -> file of labels, type
+    "nuScenes": (f"lidarseg/{TABLES}/frame-0001_lidarseg.bin", "u1", 77),
+    "SemanticKITTI": ("sequences/00/labels/000001.label", "<u4", 300),
+}
+
+
+def test_numbers_and_labels(tmp_path: Path) -> None:
+    """What would empty frames, or put them on one pixel, or train on labels of another scheme."""
+    rows: list[Row] = []
+
+    def refused(what: str, name: str, change: Callable[[Path], object]) -> None:
+        write, domain, _ = SETS[name]
+        root = write(tmp_path / f"root{len(rows)}")
+        change(root)
+        args = ("data", "prepare", root, "--domain", domain, "--split", "train")
+        places = {"ROOT": root}
+        row = tried(f"{name}: {what}", *args, "--cache", tmp_path / "cache", places=places)
+        assert row.code == 3 and "ROOT" in row.line, row
+        rows.append(row)
+
+    for what, (name, change, values) in CAMERAS.items():
+        for value in values:
+            refused(f"{what}: {value}", name, partial(change, value))
+    for name, (file, kind, value) in STRANGE.items():
+
+        def scribble(root: Path, file: str = file, kind: str = kind, value: int = value) -> None:
+            labels = np.fromfile(root / file, kind)
+            labels[3:5] = value
+            labels.tofile(root / file)
+
+        refused(f"two labels of {value}", name, scribble)
+    require_on_the_page("Numbers and labels", rows, "`ftd data prepare ROOT`.")
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 Change = Callable[[dict[str, Tensor], dict[str, Any]], object]
@@ -290,6 +387,17 @@ def test_checkpoints(finished: Path, cache: Path, tmp_path: Path) -> None:
         args = ("eval", run, "--cache", cache, "--threads", 1, "--split", "val")
         row = tried(f"`best.safetensors`: {how}", *args, places={"RUN": run})
         assert row.code == 1, row
+        rows.append(row)
+    for what, at in {"one bit of its metadata": 200, "one bit of a tensor": -9}.items():
+        run = tmp_path / what.replace(" ", "-")
+        shutil.copytree(finished, run)
+        path = run / "best.safetensors"
+        content = bytearray(path.read_bytes())
+        content[at if at < 0 else content.index(b"seed") + 8] ^= 1
+        path.write_bytes(content)
+        args = ("eval", run, "--cache", cache, "--threads", 1, "--split", "val")
+        row = tried(f"`best.safetensors`: {what}", *args, places={"RUN": run})
+        assert row.code == 1 and "not what was written" in row.line, row
         rows.append(row)
     require_on_the_page("Checkpoints", rows, "Metadata or tensors were changed; `ftd eval RUN`.")
 
