@@ -2,7 +2,8 @@
 
 system/NAME                      a tensor of the system's state dict
 optimizer/PHASE/PARAMETER/SLOT   optimiser state, by the name of its parameter
-metadata "ftd"                   JSON: format, recipe, iteration, ...
+metadata "ftd"                   JSON: format, recipe, iteration, ... and digests of all this, which
+                                 are compared when it is read: a flipped bit shows nowhere else
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from ftdpp.pretrained import misfits
 from ftdpp.recipe import RecipeError, from_dict
 from ftdpp.systems import METHODS, build, system_of
 
-FORMAT = 2  # of checkpoints and pseudo-label files
+FORMAT = 3  # of checkpoints and pseudo-label files
+PARTS = ("system", "optimizer")  # whose tensors have a digest; those of pseudo-labels: one of all
 
 
 Count = Annotated[int, Meta(ge=0)]
@@ -45,6 +47,7 @@ class Metadata(TypedDict, total=False):
     """What a file of ours says of itself; which of it is there depends on its kind."""
 
     format: Required[int]
+    digests: dict[str, str]  # of the parts, and of the rest of the metadata
     class_names: list[str]
     # a checkpoint
     recipe: dict[str, Any]
@@ -99,15 +102,27 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
+def _digests(tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> dict[str, str]:
+    """What `Metadata.digests` has to be."""
+    rest = json.dumps({k: v for k, v in meta.items() if k != "digests"}, sort_keys=True)
+    found = {"metadata": hashlib.sha256(rest.encode()).hexdigest()}
+    for part in PARTS:
+        mine = {k: v for k, v in tensors.items() if k.startswith(f"{part}/")}
+        if mine:
+            found[part] = digest(mine)
+    return found
+
+
 def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Write a safetensors file.
+    """Write a safetensors file, with digests of its metadata and its parts.
 
     All metadata is one JSON string, because several keys would be stored in random order.
     """
     stored = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    text = json.dumps({**meta, "digests": _digests(stored, meta)}, sort_keys=True)
     with replacing(path) as temporary:
         try:
-            save_file(stored, temporary, {"ftd": json.dumps(meta, sort_keys=True)})
+            save_file(stored, temporary, {"ftd": text})
         except SafetensorError as error:  # a full disk, say
             raise OSError(errno.EIO, f"could not be written ({error})", str(path)) from None
 
@@ -137,6 +152,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
     if meta["format"] != FORMAT:
         found = meta["format"]
         raise RunError(f"{path}: format {found!r}, this version reads {FORMAT}; make it anew")
+    if meta.get("digests", {}).get("metadata") != _digests({}, json.loads(text))["metadata"]:
+        raise RunError(f"{path}: its metadata is not what was written; make it anew")
     if "recipe" in meta and "iteration" not in meta:
         raise RunError(f"{path}: its metadata is damaged (no iteration); make it anew")
     return meta
@@ -161,10 +178,24 @@ def read_training(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`, without it."""
+    """The tensors whose names begin with `prefix`, without it.
+
+    Args:
+        prefix: "system/" or "optimizer/"; "" for all.
+    Raises:
+        RunError: see `read_metadata`; or one of them is not what was written.
+    """
+    wanted = read_metadata(path)["digests"]
     with safe_open(path, "pt") as file:
         names = [k for k in file.keys() if k.startswith(prefix)]  # noqa: SIM118 - no mapping
-        return {k.removeprefix(prefix): file.get_tensor(k) for k in names}
+        tensors = {k: file.get_tensor(k) for k in names}
+    for part, found in _digests(tensors, {}).items():
+        if part != "metadata" and found != wanted.get(part):
+            raise RunError(
+                f"{path}: a tensor of {part} is not what was written, so the file is damaged; copy "
+                "it again, or make it anew"
+            )
+    return {k.removeprefix(prefix): tensor for k, tensor in tensors.items()}
 
 
 def stored_recipe(meta: dict[str, Any], path: Path) -> Any:
