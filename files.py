@@ -16,9 +16,20 @@ Progress = Callable[[int, int, str], None]  # done, total, what is going on
 
 
 def cache_home() -> Path:
-    """The folder of what is made once: $FTD_CACHE, or ftd in the user's cache."""
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return Path(os.environ.get("FTD_CACHE") or home / "ftd")
+    """The folder of what is made once: $FTD_CACHE, or ftd in the user's cache.
+
+    An $XDG_CACHE_HOME that is empty or not absolute counts as none (XDG Base Directory
+    Specification). Raises OSError where the user has no home.
+    """
+    chosen, shared = os.environ.get("FTD_CACHE"), Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        if chosen:
+            return Path(chosen).expanduser()
+        return (shared if shared.is_absolute() else Path.home() / ".cache") / "ftd"
+    except RuntimeError:
+        raise OSError(
+            errno.ENOENT, "no home folder, which would hold it; name it with --cache", "the cache"
+        ) from None
 
 
 def _opened_lock(path: Path) -> IO[bytes]:

@@ -74,6 +74,14 @@ def main_options(
 
 
 def main() -> None:
+    words = sys.argv[1:]
+    if "" in words:  # --out "$UNSET" would mean the current folder
+        before = words[max(words.index("") - 1, 0)] or "ftd"
+        print(
+            f"ftd: the argument after {before} is empty; is a variable of the shell not set?",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     try:
         app()
     except KeyboardInterrupt:  # before a command has begun: while it imports

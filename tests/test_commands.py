@@ -12,8 +12,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ftdpp import checkpoint, kernels, machine
-from ftdpp.ftd import app
+from ftdpp import checkpoint, files, kernels, machine
+from ftdpp.ftd import app, main
 from ftdpp.tests.commands import ftd, train_args, words
 from ftdpp.world import layouts
 
@@ -232,6 +232,42 @@ def test_what_nobody_foresaw_ends_in_one_line(
     path.unlink()
     for word in ("command: ftd", "torch: ", "machine: ", "Traceback", "in broken", "KeyError"):
         assert word in text
+
+
+def test_an_empty_argument(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--out "$UNSET" would be the current folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        sys, "argv", ["ftd", "train", "--src", "usa", "--tgt", "night", "--out", ""]
+    )
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert "the argument after --out is empty" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("FTD_CACHE", raising=False)
+    for shared in ("", "here", "./here"):  # an empty or a relative one counts as none
+        monkeypatch.setenv("XDG_CACHE_HOME", shared)
+        assert files.cache_home() == tmp_path / ".cache" / "ftd"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+    assert files.cache_home() == Path("/elsewhere/ftd")
+    monkeypatch.setenv("FTD_CACHE", "~/c")  # as --cache sets it
+    assert files.cache_home() == tmp_path / "c"
+    monkeypatch.setenv("FTD_CACHE", "")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(OSError, match="name it with --cache"):
+        files.cache_home()
 
 
 def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
