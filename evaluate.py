@@ -109,6 +109,7 @@ def evaluate(
     checkpoint: str,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    frames: range | None = None,
 ) -> Score:
     """Evaluation of every head on all rows: the points that fall into the image, or all pixels.
 
@@ -117,29 +118,29 @@ def evaluate(
     the batch: frames go in the index's order, `eval_batch` at a time.
 
     Args:
-        checkpoint: what the score says of where the weights come from.
+        checkpoint: what the score says of where the weights come from. frames: only these.
     Raises:
         DataError: a frame has no labels, or pixels' labels have changed since the index was made.
     """
     require_labels(index)
     r, heads = system.recipe, system.heads
-    names = CLASS_SETS[r.classes]
+    names, frames = CLASS_SETS[r.classes], frames or range(len(index))
     matrices = {h: torch.zeros(len(names), len(names), dtype=torch.int64) for h in heads}
     was_training = system.training
     system.eval()
     seen = 0
     if progress:
-        progress(0, len(index), "evaluating")
+        progress(0, len(frames), "evaluating")
     pixels: tuple[int, int] | None = None
-    originals = original_frames(index, range(len(index)))  # lazy: nothing is read for points
-    for done, batch in batches_of(index, r, r.eval_batch):
+    originals = original_frames(index, frames)  # lazy: nothing is read for points
+    for done, batch in batches_of(index, r, r.eval_batch, frames):
         seen += len(batch.label)
         batch = batch.to(device)
         for head, predicted, label in compared(system.predict(batch), batch, originals):
             matrices[head] += confusion(predicted, label, len(names)).cpu()
             pixels = (label.shape[0], label.shape[1]) if label.ndim == 2 else None
         if progress:
-            progress(done, len(index), "evaluating")
+            progress(done - frames.start, len(frames), "evaluating")
     system.train(was_training)
     result = {head: iou(matrix) for head, matrix in matrices.items()}
     labelled = matrices[heads[-1]].sum(1).tolist()  # points of each class; equal for every head
@@ -147,14 +148,14 @@ def evaluate(
         domain=index.identity["domain"],
         split=index.identity["split"] or "chosen frames",
         checkpoint=checkpoint,
-        frames=len(index),
+        frames=len(frames),
         points=sum(labelled),
         miou={head: mean for head, (_, mean) in result.items()},
         iou={
             head: {n: None if np.isnan(v) else v for n, v in zip(names, per_class, strict=True)}
             for head, (per_class, _) in result.items()
         },
-        outside=index.fingerprint["points"] - seen,
+        outside=int(index.rows()[frames.start : frames.stop].sum()) - seen,
         absent=[name for name, points in zip(names, labelled, strict=True) if not points],
         pixels=pixels,
     )

@@ -69,16 +69,27 @@ class _Draw:
     def batch(self, iteration: int, part: int = 0, parts: int = 1) -> Batch:
         """The batch of a part of an iteration, a piece of what one part with all frames would be:
         a function of seed, stream and numbers."""
-        seed, number, samples = self.seed, self.stream.number, []
+        seed, number, chosen = self.seed, self.stream.number, {}
         frames = self.stream.frames
         for slot in range(part * frames, (part + 1) * frames):
             epoch, place = divmod(iteration * parts * frames + slot, len(self.index))
             if epoch != self._epoch:
                 order = generator(seed, ORDER, number, epoch).permutation(len(self.index))
                 self._epoch, self._order = epoch, order
-            chance = generator(seed, AUGMENT, number, iteration, slot)
-            frame = self.index.frame(int(self._order[place]))
-            scale, depth = self.recipe.voxels_per_metre, self.stream.depth
+            chosen[slot] = int(self._order[place])
+        return self._of(chosen, iteration)
+
+    def largest(self) -> Batch:
+        """A batch of the frames that have the most rows."""
+        order = np.argsort(-self.index.rows(), kind="stable")
+        return self._of(dict(enumerate(np.resize(order, self.stream.frames).tolist())), 0)
+
+    def _of(self, chosen: dict[int, int], iteration: int) -> Batch:
+        """The batch of frames by slot, augmented as that iteration has it."""
+        scale, depth, samples = self.recipe.voxels_per_metre, self.stream.depth, []
+        for slot, i in chosen.items():
+            chance = generator(self.seed, AUGMENT, self.stream.number, iteration, slot)
+            frame = self.index.frame(i)
             samples.append(sample(frame, self.augment, self.flip_axis, chance, scale, depth))
         return collate(samples)
 
@@ -101,7 +112,14 @@ class Batches(torch.utils.data.Dataset):
     def __getitem__(self, item: int) -> dict[str, Batch]:
         iteration, own = divmod(item, self.own)
         place = iteration, self.first + own, self.parts
-        batches = {name: draw.batch(*place) for name, draw in self.draws.items()}
+        return self._taught({name: draw.batch(*place) for name, draw in self.draws.items()})
+
+    def largest(self) -> dict[str, Batch]:
+        """A batch of each stream's largest frames: what an iteration takes at the most."""
+        return self._taught({name: draw.largest() for name, draw in self.draws.items()})
+
+    def _taught(self, batches: dict[str, Batch]) -> dict[str, Batch]:
+        """With the labels of a first stage."""
         if self.pseudo is not None:
             for name, draw in self.draws.items():
                 if draw.stream.pseudo:
@@ -405,7 +423,7 @@ def _fit(run: Run) -> Iterator[Step | Score]:
         parts = [{name: b.to(device) for name, b in batches.items()} for batches in loaded]
 
         terms = run.learn(parts)
-        values = _check_finite(terms, parts, run)  # waits for a GPU; before any save
+        values = check_finite(terms, parts, run)  # waits for a GPU; before any save
 
         seconds = time.perf_counter() - start
         log.add({"iteration": run.iteration, **{k: f"{v:.6g}" for k, v in values.items()}})
@@ -429,9 +447,10 @@ def _fit(run: Run) -> Iterator[Step | Score]:
             yield from _validate(run, val_log, begun)
 
 
-def _check_finite(
+def check_finite(
     terms: dict[str, Tensor], parts: Sequence[dict[str, Batch]], run: Run
 ) -> dict[str, float]:
+    """The terms as numbers. Raises NonFiniteLoss, which names the iteration and its frames."""
     values = dict(zip(terms, torch.stack(list(terms.values())).tolist(), strict=True))
     bad = [f"{name} = {value}" for name, value in values.items() if not np.isfinite(value)]
     if bad:

@@ -106,6 +106,14 @@ def train(
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write event files too (an extra).")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Prepare the data, try three iterations, an evaluation and a checkpoint, and say "
+            "how long it will take, how much memory and disk; train nothing.",
+        ),
+    ] = False,
 ) -> None:
     """Train on SRC, adapt to TGT; with --from RUN, adapt a trained network without source data.
     Leaves last.safetensors, best.safetensors, log.csv, val.csv and run.json in the run folder, of
@@ -118,6 +126,8 @@ def train(
     if resume is not None:
         _resume(context, resume, device, workers, threads, cache, tensorboard)
         return
+    if dry_run and parallel.asked_for() > 1:
+        raise fail("--dry-run: of one process; call it without torchrun", USAGE)
     dev, dev_why = chosen_device(device)
     context.with_resource(parallel.joined(dev))
     source = None
@@ -254,8 +264,38 @@ def train(
     if source is not None:
         start = "source model", str(source.path), f"{source.title}; no source frame is read"
     print_choices(console, choices, [method_fact, start, *facts])
+    if dry_run:
+        _rehearse(run, console)
+        return
     record = partial(runs.write_record, run, places, int(thread_choice[0]))
     _drive(run, console, writer, partial(record, source.path if source is not None else None))
+
+
+def _rehearse(run: Any, console: Console) -> None:
+    """Say what this training will take."""
+    from ftdpp import screen
+    from ftdpp.readers import plural
+    from ftdpp.rehearsal import FILES, rehearse
+
+    found, r = rehearse(run), run.recipe
+    rows = ", ".join(f"{name} {count:,}" for name, count in found.rows.items())
+    checks = f"{plural(r.steps, 'iteration')}, {plural(found.validations, 'validation')}"
+    memory = "of the GPU" if run.device.type == "cuda" else "of this process"
+    screen.facts(
+        console,
+        [
+            ("iteration", f"{found.step:.2f} s", f"on the largest frames; rows: {rows}"),
+            ("validation", f"{found.validation:.1f} s", "from its first frames"),
+            ("in all", f"at most {screen.duration(found.seconds(r.steps))}", checks),
+            ("memory", f"{found.memory / 2**30:.1f} GiB", f"the most {memory}"),
+            (
+                "disk",
+                f"{FILES * found.checkpoint / 2**20:,.0f} MiB",
+                f"of {found.free / 2**20:,.0f} free: last, best, and one while it is written",
+            ),
+        ],
+    )
+    console.print(f"dry run: nothing was written to {run.out}", soft_wrap=True)
 
 
 def _resume(

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
     *("files", "processes", "readers", "world", "data", "index", "kernels", "models"),
     *("pretrained", "losses", "recipe", "systems", "checkpoint", "released", "pseudo_labels"),
-    *("evaluate", "inference", "machine", "parallel", "train", "runs", "results", "pictures"),
-    *("report", "recording", "screen", "compare", "commands", "ftd"),
+    *("evaluate", "inference", "machine", "parallel", "train", "rehearsal", "runs", "results"),
+    *("pictures", "report", "recording", "screen", "compare", "commands", "ftd"),
 )
 OUTSIDE = ("bench", "docs", "tests")  # not installed; they may import everything
 
