@@ -1,7 +1,7 @@
 """Any JSON, any bytes, any numbers give a result, or an error that names the file.
 
 Documents that are right are changed in one place, which goes deeper than documents made of nothing:
-a value becomes another one, of any type, or is left out. `HYPOTHESIS_PROFILE=long` tries 200 times
+a value becomes another one, of any type, or is left out. `HYPOTHESIS_PROFILE=long` tries 25 times
 as many.
 """
 
@@ -36,7 +36,7 @@ calm = {
     "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 }
 settings.register_profile("default", max_examples=40, **calm)
-settings.register_profile("long", max_examples=8000, **{**calm, "derandomize": False})
+settings.register_profile("long", max_examples=1000, **{**calm, "derandomize": False})
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 scalars = st.one_of(
@@ -112,6 +112,8 @@ def test_metadata(data: Any, meta: dict[str, Any], tmp_path: Path) -> None:
     """And the recipe in it, which is checked as one from the command line."""
     path = tmp_path / "a.safetensors"
     document = data.draw(changed(meta))
+    if isinstance(document, dict) and data.draw(st.booleans()):  # what lies behind the digest
+        document["digests"] = checkpoint._digests({}, document)
     save_file({"a": np.zeros(1)}, path, {"ftd": json.dumps(document)})
     with or_refused(RunError, path):
         found = checkpoint.read_metadata(path)
