@@ -149,7 +149,7 @@ class FusionHead(nn.Module):
     def forward(
         self, map_2d: Tensor, feat_3d: Tensor, batch_index: Tensor, pixel: Tensor
     ) -> Tensor:
-        x2 = pixel_to_point(self.cbam(map_2d.detach()), batch_index, pixel)
+        x2 = self.cbam(map_2d, batch_index, pixel)
         x3 = feat_3d.detach()
         x = self.mix(torch.cat([self.attend_2d(x2) + x2, self.attend_3d(x3) + x3], 1))
         logits: Tensor = self.classify(self.attend(x) + x)

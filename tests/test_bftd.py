@@ -117,7 +117,7 @@ def test_fusion_head_layer_by_layer(tail: str) -> None:
     head = FusionHead(16, 8, 6, tail).eval()
     map_2d, feat_3d = torch.randn(1, 16, 5, 5), torch.randn(9, 8)
     pixel = torch.randint(0, 5, (9, 2))
-    x2 = head.cbam(map_2d)[0, :, pixel[:, 0], pixel[:, 1]].T
+    x2 = head.cbam(map_2d, torch.zeros(9, dtype=torch.int64), pixel)
     x = torch.cat([head.attend_2d(x2) + x2, head.attend_3d(feat_3d) + feat_3d], 1)
     first, second = (layer for layer in head.mix if isinstance(layer, torch.nn.Linear))
     x = second(first(x).relu())

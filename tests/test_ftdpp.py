@@ -192,7 +192,33 @@ def test_cbam_residual() -> None:
     nn.init.zeros_(net.spatial.weight)
     nn.init.zeros_(net.spatial.bias)
     x = torch.randn(2, 8, 5, 6)
-    assert torch.allclose(net(x), 1.25 * x)  # both gates sigmoid(0)
+    places = torch.tensor([0, 1, 1]), torch.tensor([[4, 5], [0, 0], [0, 0]])
+    wanted = torch.stack([x[0, :, 4, 5], x[1, :, 0, 0], x[1, :, 0, 0]])
+    assert torch.allclose(net(x, *places), 1.25 * wanted)  # both gates sigmoid(0)
+
+
+def test_cbam_is_the_whole_map_s_read_at_the_points() -> None:
+    """Values, and gradients of its weights, against the formula on every pixel."""
+    torch.manual_seed(0)
+    net, x = CBAM(8).double(), torch.randn(2, 8, 5, 6, dtype=torch.float64, requires_grad=True)
+    image, pixel = torch.randint(0, 2, (40,)), torch.randint(0, 5, (40, 2))
+    weight = torch.randn(40, 8, dtype=torch.float64)
+    (net(x, image, pixel) * weight).sum().backward()
+    assert x.grad is None
+    found = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+    net.zero_grad()
+
+    flat = x.detach().flatten(2)
+    mlp = [net.channel(part[:, :, None, None]) for part in (flat.max(2)[0], flat.mean(2))]
+    y = x.detach() * torch.sigmoid(mlp[0] + mlp[1])
+    pooled = torch.stack([y.max(1)[0], y.mean(1)], 1)
+    whole = x.detach() + y * torch.sigmoid(net.spatial(pooled))
+    wanted = whole[image, :, pixel[:, 0], pixel[:, 1]]
+    assert torch.allclose(net(x, image, pixel), wanted, rtol=1e-12)
+    (wanted * weight).sum().backward()
+    assert len(found) == len(list(net.parameters()))
+    for a, p in zip(found, net.parameters(), strict=True):
+        assert torch.allclose(a, p.grad, rtol=1e-9)  # type: ignore[arg-type]
 
 
 def test_fusion_stops_gradients() -> None:
