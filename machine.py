@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from ftdpp import kernels
+
 IDLE = 0.25  # busy cores that an idle machine shows, too
 
 
@@ -60,7 +62,7 @@ def free_threads(
 def use(device: torch.device) -> None:
     """Compute on a device from now on, in this process."""
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # tf32 products, as cuDNN's convolutions use
+        kernels.products("tf32")  # as cuDNN's convolutions use, and nothing else
         if device.index is not None:
             torch.cuda.set_device(device)  # Triton launches on the current one
 

@@ -246,7 +246,7 @@ def assemble(
         facts.append(_index_fact("validation", validation, places.origins["val"], val_reason))
     else:
         facts.append(("validation", "off", val_reason))
-    products = "products in tf32" if run.device.type == "cuda" else "exact"
+    products = "convolutions in tf32" if run.device.type == "cuda" else "exact"
     faster = f"{products}; --set precision=bf16 is faster where the hardware has it"
     facts.append(("precision", r.precision, faster if r.precision == "fp32" else "--set precision"))
     why = f"{plural(cores, 'core')} for this process" if workers is None else "--workers"

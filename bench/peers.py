@@ -56,7 +56,7 @@ class SpconvUNet(nn.Module):
             # Its CPU backward pass asks for a CUDA stream and does not use it. This changes the
             # whole process.
             torch.cuda.current_stream = lambda *_: SimpleNamespace(cuda_stream=0)  # type: ignore[assignment]
-        tf32 = torch.get_float32_matmul_precision() != "highest"
+        tf32 = kernels.products() == "tf32"
         spconv.constants.SPCONV_ALLOW_TF32 = tf32
         self.norms, self.levels = copy.deepcopy(net), net.levels
 

@@ -59,6 +59,24 @@ def _eager(f: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+_products = "ieee"
+
+
+def products(kind: str | None = None) -> str:
+    """How Triton multiplies fp32 in sparse convolutions: "ieee", or "tf32", with ten bits of each
+    factor.
+
+    A switch of its own: PyTorch's would hold for fusion, heads and attention, too, whose values of
+    about 1/N need all their digits.
+
+    Args:
+        kind: set it, for this process.
+    """
+    global _products
+    _products = kind or _products
+    return _products
+
+
 voxel_mean = _eager(reference.voxel_mean)
 voxel_to_point = _eager(reference.voxel_to_point)
 pixel_to_point = _eager(reference.pixel_to_point)

@@ -134,15 +134,15 @@ def _convolution(
     y = dense_convolution(kind, *exact, fine, coarse, GRID)
     true = [y, *torch.autograd.grad(y, exact, grad.double())]
     runs = []
-    precision = torch.get_float32_matmul_precision()
+    products = kernels.products()
     try:
-        torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+        kernels.products("tf32" if dtype == "tf32" else "ieee")
         for _ in range(2):
             mine = x.to(device).requires_grad_(), w.to(device).requires_grad_()
             y = kernels.sparse_conv(*mine, kmap)
             runs.append([y, *torch.autograd.grad(y, mine, grad.to(device))])
     finally:
-        torch.set_float32_matmul_precision(precision)
+        kernels.products(products)
     return _compare(f"{kind} convolution and gradients", dtype, runs, true)
 
 

@@ -5,8 +5,9 @@
     dw[k] = sum over the pairs (i, o) of k of x[i]^T dy[o]       weight_gradient
 
 Storage is fp32, fp16 or bf16; sums are fp32. One program writes each output, in one order of
-addition, so results repeat to the bit. fp32 products use tf32 where
-`torch.set_float32_matmul_precision` allows it, as torch.mm does.
+addition, so results repeat to the bit. fp32 products use tf32 where `kernels.products` says so.
+Weights stay fp32 outside: they are rounded for the products alone, and their gradient is never half
+a number, which overflows at 65,504.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ftdpp import kernels
 from ftdpp.kernels.hash import ANY_PLACE, SlotMap
 
 ANY_SIZE = ["count", "columns", "flip", "splits"]
@@ -143,10 +145,6 @@ def gradient_blocks(cin: int, cout: int) -> dict[str, int]:
     return {**tile, "num_warps": 4, "num_stages": STAGES, **FUSION}
 
 
-def _precision() -> str:
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
 def _convolve(x: Tensor, weight: Tensor, m: SlotMap, flip: int) -> Tensor:
     y = x.new_empty(m.n_out, weight.shape[2])
     if m.n_out:
@@ -154,7 +152,7 @@ def _convolve(x: Tensor, weight: Tensor, m: SlotMap, flip: int) -> Tensor:
         grid = (triton.cdiv(m.n_out, blocks["BM"]), triton.cdiv(weight.shape[2], blocks["BO"]))
         sizes = *weight.shape[1:], *weight.stride(), m.n_out, m.idx.stride(0), flip
         gather_gemm[grid](
-            x, weight, y, m.idx, m.row, m.mask, *sizes, PRECISION=_precision(), **blocks
+            x, weight, y, m.idx, m.row, m.mask, *sizes, PRECISION=kernels.products(), **blocks
         )
     return y
 
@@ -169,7 +167,7 @@ def _gradient(x: Tensor, grad: Tensor, m: SlotMap, offsets: int) -> Tensor:
     tiles = triton.cdiv(cin, blocks["BI"]) * triton.cdiv(cout, blocks["BO"])
     pairs = m.pair_in, m.pair_out, m.first, m.last
     weight_gradient[(offsets, splits, tiles)](
-        x, grad, part, *pairs, cin, cout, splits, PRECISION=_precision(), **blocks
+        x, grad, part, *pairs, cin, cout, splits, PRECISION=kernels.products(), **blocks
     )
     return part[0] if splits == 1 else part.sum(0)
 
@@ -177,8 +175,8 @@ def _gradient(x: Tensor, grad: Tensor, m: SlotMap, offsets: int) -> Tensor:
 class _SparseConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, m: SlotMap) -> Tensor:
-        x = x.contiguous()
-        ctx.map = m
+        x, ctx.map, ctx.kept = x.contiguous(), m, weight.dtype
+        weight = weight.to(x.dtype)
         ctx.save_for_backward(x, weight)
         return _convolve(x, weight, m, 0)
 
@@ -191,7 +189,7 @@ class _SparseConv(torch.autograd.Function):
             back, flip = (m, len(weight) - 1) if m.back is None else (m.back, 0)
             grad_x = _convolve(grad, weight.transpose(1, 2), back, flip)
         if ctx.needs_input_grad[1]:
-            grad_w = _gradient(x, grad, m, len(weight)).to(weight.dtype)
+            grad_w = _gradient(x, grad, m, len(weight)).to(ctx.kept)
         return grad_x, grad_w, None
 
 
@@ -201,9 +199,12 @@ def sparse_conv(x: Tensor, weight: Tensor, m: SlotMap) -> Tensor:
     Raises:
         ValueError: the dtypes differ or are not fp32, fp16 or bf16.
     """
+    known: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
     if torch.is_autocast_enabled(x.device.type):
-        x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
-    if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    elif x.dtype != weight.dtype:
+        known = ()
+    if x.dtype not in known:
         raise ValueError(
             f"sparse_conv: input {x.dtype} and weight {weight.dtype}; "
             "expected fp32, fp16 or bf16, both the same"

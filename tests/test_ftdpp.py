@@ -218,7 +218,7 @@ def test_cbam_is_the_whole_map_s_read_at_the_points() -> None:
     (wanted * weight).sum().backward()
     assert len(found) == len(list(net.parameters()))
     for a, p in zip(found, net.parameters(), strict=True):
-        assert torch.allclose(a, p.grad, rtol=1e-9)  # type: ignore[arg-type]
+        assert torch.allclose(a, p.grad, rtol=1e-9)
 
 
 def test_fusion_stops_gradients() -> None:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
-from ftdpp import kernels  # noqa: E402
+from ftdpp import kernels, machine  # noqa: E402
 from ftdpp.bench import speed  # noqa: E402
 from ftdpp.kernels import Pyramid, gemm, hash, naive, norm, reference  # noqa: E402
 from ftdpp.models import BatchNormReLU, UNet3D  # noqa: E402
@@ -172,6 +172,38 @@ def test_convolution_in_half_precision(kind: str, dtype: torch.dtype) -> None:
     x = torch.randn(ours.n_in, 24).to(dtype).float()
     w = torch.randn(ours.offsets, 24, 48).to(dtype).float()
     check_convolution(x, w, ours, kernel_map, dtype, 2e-3 if dtype == torch.float16 else 1e-2)
+
+
+def test_weight_gradients_stay_fp32_under_autocast() -> None:
+    """In half precision the sum of a hundred products of 100 and 100 would be infinite."""
+    ours, kernel_map = maps_of(hash.HashPyramid(cloud(97).to(DEVICE), 3), "submanifold")
+    x = torch.full((ours.n_in, 16), 100.0, device=DEVICE)
+    w = torch.zeros(ours.offsets, 16, 16, device=DEVICE, requires_grad=True)
+    with torch.autocast(DEVICE, torch.float16):
+        y = kernels.sparse_conv(x, w, ours)
+    assert y.dtype == torch.float16
+    [grad] = torch.autograd.grad(y, w, torch.full_like(y, 100))
+    wanted = torch.tensor([1e4 * len(pairs) for pairs in kernel_map])
+    assert grad.dtype == torch.float32 and wanted.max() > 65_504
+    assert torch.equal(grad.cpu(), wanted[:, None, None].expand(-1, 16, 16))
+
+
+def test_the_precision_of_products_is_a_switch_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, _ = maps_of(hash.HashPyramid(cloud(97).to(DEVICE), 3), "submanifold")
+    x, w = torch.randn(ours.n_in, 16), torch.randn(ours.offsets, 16, 16)
+    seen = []
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **options: seen.append(options["PRECISION"])
+
+    monkeypatch.setattr(gemm, "gather_gemm", Kernel())
+    monkeypatch.setattr(kernels, "_products", "ieee")
+    kernels.sparse_conv(x.to(DEVICE), w.to(DEVICE), ours)
+    machine.use(torch.device("cuda"))
+    kernels.sparse_conv(x.to(DEVICE), w.to(DEVICE), ours)
+    assert seen == ["ieee", "tf32"]
+    assert torch.get_float32_matmul_precision() == "highest", "the others stay exact"
 
 
 def check_convolution(
