@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ftdpp.kernels import gemm, hash, norm
+from ftdpp.kernels import attention, gemm, hash, norm
 from ftdpp.kernels.maps import AXIS_BITS, BATCH_BITS, BIAS
 
 TARGETS = {
@@ -41,15 +41,16 @@ PRECISIONS = {  # name: type in memory, precision of the products
 # Types of the kernels' arguments by name; a pointer that is named nowhere is to int32.
 INT64_POINTERS = (
     *("keys", "table_key", "base", "axes", "place"),
-    *("first", "last", "valid", "live", "batches"),
+    *("first", "last", "valid", "live", "batches", "seed"),
 )
 FP32_POINTERS = (
     *("part", "stat", "weight", "bias"),
     *("dweight", "dbias", "running_mean", "running_var"),
+    *("key", "value", "dkey", "dvalue"),
 )
 INTEGERS = (
     *("cin", "cout", "wk", "wi", "wo", "channels", "rows", "share", "shares"),
-    *("count", "size", "columns", "flip", "splits"),
+    *("count", "size", "columns", "flip", "splits", "d", "points"),
 )
 SCALARS = {**dict.fromkeys(INTEGERS, "i32"), "momentum": "fp32", "eps": "fp32"}
 # The U-Net's channels are multiples of 16; what is derived from them is, too.
@@ -107,6 +108,29 @@ def norm_configurations() -> Iterator[Configuration]:
                 yield Configuration(label, kernel, storage, {**tile, **extra}, options)
 
 
+def attention_configurations() -> Iterator[Configuration]:
+    """A head's channels decide a tile in the gradients alone: 16 columns in the paper's network."""
+    storage = dict.fromkeys(("x", "y", "dy", "dx"), "fp32")
+    tile, options = split_blocks(attention.BLOCK)
+    tile["S"], size = 64, f"{tile['BN']} points"
+    yield Configuration(f"sum_logits {size}", attention.sum_logits, storage, tile, options)
+    for drop in (0, 51):
+        given = {**tile, "DROP": drop, **({} if drop else {"seed": None})}  # no dropout, no seed
+        shares = {"SHARES": attention.SHARES}
+        what = " dropout" if drop else ""
+        forward = {**given, **shares}
+        name = f"attend_points{what} {size}"
+        yield Configuration(name, attention.attend_points, storage, forward, options)
+        for width in (16, 32, attention.WIDEST):
+            back = {**given, "D": attention.columns(width), "PRECISION": attention.PRECISION}
+            name = f"sum_gradients{what} {size} {width} wide"
+            yield Configuration(name, attention.sum_gradients, storage, back, options)
+            name = f"attend_backward{what} {size} {width} wide"
+            yield Configuration(
+                name, attention.attend_backward, storage, {**back, **shares}, options
+            )
+
+
 def gemm_configurations() -> Iterator[Configuration]:
     """Several layers share a configuration; each comes once."""
     seen = set()
@@ -132,9 +156,10 @@ def gemm_configurations() -> Iterator[Configuration]:
 
 
 def configurations() -> Iterator[Configuration]:
-    """Every configuration that the paper's U-Net uses, each once."""
+    """Every configuration that the paper's U-Net and its fusion use, each once."""
     yield from map_configurations()
     yield from norm_configurations()
+    yield from attention_configurations()
     yield from gemm_configurations()
 
 

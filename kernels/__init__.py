@@ -4,7 +4,8 @@
 and need not know which implementation runs: Triton on a GPU (`hash.py` builds the maps, `gemm.py`
 multiplies, `norm.py` normalises), plain PyTorch on a CPU (`maps.py`, `reference.py`). Both give the
 same voxels in the same order and the same pairs. `FTD_KERNELS=torch|triton` overrides the choice;
-`backend()` says which one runs and why.
+`backend()` says which one runs and why. External attention in plain PyTorch belongs to the system
+that has it; `attention.py` is Triton's.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ __all__ = [
     "KernelError",
     "KernelMap",
     "Pyramid",
+    "attend",
     "backend",
     "batch_norm_relu",
+    "fuses_attention",
     "pixel_to_point",
     "pyramid",
     "sparse_conv",
@@ -180,3 +183,21 @@ def batch_norm_relu(
     from ftdpp.kernels import norm
 
     return norm.batch_norm_relu(x, weight, bias, live, running, momentum, eps)
+
+
+@_eager
+def fuses_attention(x: Tensor) -> bool:
+    """Whether `attend` serves heads x (heads, d, N): Triton runs, x is fp32 and d fits its tile."""
+    if x.dtype != torch.float32 or backend(x.device)[0] != "triton":
+        return False
+    from ftdpp.kernels import attention
+
+    return x.shape[1] <= attention.WIDEST
+
+
+@_eager
+def attend(x: Tensor, key: Tensor, value: Tensor, p: float) -> Tensor:
+    """`attention.attend`: heads of external attention by Triton, where `fuses_attention`."""
+    from ftdpp.kernels import attention
+
+    return attention.attend(x, key, value, p)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ftdpp import kernels
+from ftdpp.kernels import naive
 from ftdpp.kernels.maps import Pyramid
 
 GRID = 16  # voxels a side
@@ -117,6 +118,7 @@ def run(device: torch.device) -> list[Check]:
     if implementation == "triton":
         rows, live = len(p.keys[0]), p.same[0].live
         checks += [_norm(rows, dtype, live, device, g) for dtype in dtypes if dtype != "tf32"]
+        checks += [_attention(n, dropout, device, g) for dropout in (0.0, 0.2)]
     checks.append(_points_and_voxels(points, p, device, g))
     checks.append(_pixels(points, device, g))
     return checks
@@ -163,6 +165,69 @@ def _norm(rows: int, dtype: str, live: Tensor, device: torch.device, g: torch.Ge
         y = kernels.batch_norm_relu(mine[0], mine[1], mine[2], live, kept, 0.1, 1e-4)
         runs.append([y, *kept[:2], *torch.autograd.grad(y, mine, grad.to(device))])
     return _compare("BatchNorm, ReLU and gradients", dtype, runs, true)
+
+
+def attention_of_heads(x: Tensor, key: Tensor, value: Tensor, factor: Tensor | None) -> Tensor:
+    """`naive.external_attention` of heads that are expanded already, as `kernels.attend`.
+
+    Args:
+        x: (heads, d, N). key: (S, d). value: (d, S).
+        factor: (heads, S, N), what dropout multiplies with; None without.
+    Returns:
+        (heads, d, N).
+    """
+    heads, d, n = x.shape
+    same, nothing = torch.eye(heads * d).to(x), x.new_zeros(heads * d)
+    slots = key, x.new_zeros(len(key)), value, x.new_zeros(d)
+    masks = None if factor is None else (factor.mT, x.new_ones(n, heads * d))
+    rows = x.flatten(0, 1).t()
+    y = naive.external_attention(rows, same, nothing, *slots, same, nothing, heads, masks)
+    return y.t().unflatten(0, (heads, d))
+
+
+def kept_slots(heads: int, slots: int, n: int, p: float, device: torch.device) -> Tensor:
+    """Which of a point's slots `kernels.attend` keeps under PyTorch's present seed.
+
+    Points that are all zero attend to every slot alike. With powers of two as the value, each
+    channel then shows in its bits which of 16 slots were kept.
+
+    Returns:
+        (heads, slots, n) bool, on the CPU.
+    """
+    groups, bits = slots // 16, 2.0 ** torch.arange(16)
+    value = torch.block_diag(*[bits[None]] * groups).to(device)
+    x, keep = torch.zeros(heads, groups, n, device=device), 1 - round(256 * p) / 256
+    y = kernels.attend(x, torch.zeros_like(value.t()), value, p)
+    words = (y * slots * keep).round().long().cpu()[:, :, None]  # (heads, groups, 1, n)
+    return (words >> torch.arange(16)[:, None] & 1).flatten(1, 2).bool()
+
+
+def _attention(n: int, p: float, device: torch.device, g: torch.Generator) -> Check:
+    """External attention of n points; with dropout, what backward keeps has to be what forward
+    kept."""
+    heads, d, slots = 4, 10, 64
+    x, grad = (torch.randn(heads, d, n, generator=g) for _ in range(2))
+    key, value = torch.randn(slots, d, generator=g), torch.randn(d, slots, generator=g)
+    factor, runs = None, []
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if p:
+            torch.manual_seed(0)
+            factor = kept_slots(heads, slots, n, p, device) / (1 - round(256 * p) / 256)
+            factor = factor.double()
+        for _ in range(2):
+            torch.manual_seed(0)
+            mine = tuple(t.to(device).requires_grad_() for t in (x, key, value))
+            y = kernels.attend(*mine, p)
+            runs.append([y, *torch.autograd.grad(y, mine, grad.to(device))])
+    exact = (
+        x.double().requires_grad_(),
+        key.double().requires_grad_(),
+        value.double().requires_grad_(),
+    )
+    y = attention_of_heads(*exact, factor)
+    true = [y, *torch.autograd.grad(y, exact, grad.double())]
+    what = "external attention and gradients" + (", dropout" if p else "")
+    return _compare(what, "fp32", runs, true)
 
 
 def _points_and_voxels(

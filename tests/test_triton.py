@@ -20,8 +20,9 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 from ftdpp import kernels, machine  # noqa: E402
 from ftdpp.bench import speed  # noqa: E402
-from ftdpp.kernels import Pyramid, gemm, hash, naive, norm, reference  # noqa: E402
+from ftdpp.kernels import Pyramid, attention, check, gemm, hash, naive, norm, reference  # noqa: E402
 from ftdpp.models import BatchNormReLU, UNet3D  # noqa: E402
+from ftdpp.systems.ftdpp import ExternalAttention  # noqa: E402
 
 SIZES = [1, 2, 63, 97, 150]
 # Rows, and channels of input and output; the input gradient runs each the other way round, too.
@@ -581,3 +582,242 @@ def test_row_gradient_repeats(n: int) -> None:
     assert torch.allclose(runs, wanted)
     (ours,) = torch.autograd.grad(reference._SelectRows.apply(x, index), x, grad)
     assert torch.allclose(ours, wanted)
+
+
+# ---- external attention --------------------------------------------------------------------------
+
+SLOTS = 64
+# Heads, their channels, points, dropout.
+HEADS = [
+    *((1, 8, 1, 0.0), (4, 2, 2, 0.0), (1, 10, 63, 0.0), (1, 14, 97, 0.0), (2, 12, 150, 0.0)),
+    *((1, 8, 1, 0.3), (32, 2, 2, 0.3), (1, 40, 63, 0.3), (4, 10, 97, 0.3), (1, 28, 150, 0.3)),
+]
+
+
+def attention_inputs(heads: int, d: int, n: int) -> tuple[list[Tensor], Tensor]:
+    """x, key and value, and a gradient of the output."""
+    torch.manual_seed(n)
+    shapes = (heads, d, n), (SLOTS, d), (d, SLOTS), (heads, d, n)
+    *inputs, upstream = (torch.randn(shape) for shape in shapes)
+    return inputs, upstream
+
+
+def attended(inputs: list[Tensor], upstream: Tensor, p: float, seed: int = 0) -> list[Tensor]:
+    """Output and gradients by Triton under a seed."""
+    torch.manual_seed(seed)
+    mine = [t.to(DEVICE).requires_grad_() for t in inputs]
+    y = kernels.attend(mine[0], mine[1], mine[2], p)
+    return [y.detach(), *torch.autograd.grad(y, mine, upstream.to(DEVICE))]
+
+
+def kept(heads: int, n: int, p: float, seed: int = 0) -> Tensor:
+    torch.manual_seed(seed)
+    return check.kept_slots(heads, SLOTS, n, p, torch.device(DEVICE))
+
+
+@pytest.mark.parametrize(("heads", "d", "n", "p"), HEADS)
+def test_external_attention_and_gradients(
+    heads: int, d: int, n: int, p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under dropout, by the naive one with what forward kept: backward has to keep the same.
+
+    Two blocks of points in each of two shares, where there are as many, the last one not full.
+    """
+    monkeypatch.setattr(attention, "SHARES", 2)
+    inputs, upstream = attention_inputs(heads, d, n)
+    factor = kept(heads, n, p).double() / (1 - round(256 * p) / 256) if p else None
+    exact = [t.double().requires_grad_() for t in inputs]
+    y = check.attention_of_heads(exact[0], exact[1], exact[2], factor)
+    wanted = [y, *torch.autograd.grad(y, exact, upstream.double())]
+    found = attended(inputs, upstream, p)
+    for name, a, b in zip(("y", "x", "key", "value"), found, wanted, strict=True):
+        assert a.dtype == torch.float32
+        if n == 1 and name in ("x", "key"):  # a softmax over one point is 1 whatever they are
+            assert a.abs().max() < 1e-5
+        else:
+            assert_close(a, b, 1e-5)
+
+
+def test_attention_repeats() -> None:
+    """Equal bytes, and other ones under another seed."""
+    inputs, upstream = attention_inputs(2, 10, 97)
+    found = attended(inputs, upstream, 0.2)
+    for a, b in zip(found, attended(inputs, upstream, 0.2), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(found, attended(inputs, upstream, 0.2, seed=1), strict=True):
+        assert not torch.equal(a, b)
+
+
+def test_attention_keeps_its_range() -> None:
+    """Logits whose exponentials would overflow, or vanish, beside each other's."""
+    (x, key, value), upstream = attention_inputs(1, 8, 97)
+    inputs = [x * 30, key * 3, value]
+    exact = [t.double().requires_grad_() for t in inputs]
+    y = check.attention_of_heads(exact[0], exact[1], exact[2], None)
+    assert (key[0] @ inputs[0][0]).abs().max() > 88
+    wanted = [y, *torch.autograd.grad(y, exact, upstream.double())]
+    for a, b in zip(attended(inputs, upstream, 0.0), wanted, strict=True):
+        assert_close(a, b, 3e-4)  # a logit of 1,000 is known to 6e-5
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter
+def test_attention_lets_nothing_invalid_pass() -> None:
+    """A NaN at one point is a NaN at all points of its head, and in every gradient of it."""
+    inputs, upstream = attention_inputs(2, 8, 97)
+    inputs[0][1, 3, 96] = float("nan")
+    y, dx, dkey, dvalue = attended(inputs, upstream, 0.0)
+    for t in (y, dx):
+        assert t[0].isfinite().all()
+        assert t[1].isnan().all()
+    assert dkey.isnan().all()
+    assert dvalue.isnan().all()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_of_the_attention(p: float) -> None:
+    """The right share is kept of every slot, head and byte, and any two choices are independent."""
+    heads, n = 4, 130
+    mask, keep = kept(heads, n, p).double(), 1 - round(256 * p) / 256
+
+    def near(found: Tensor, wanted: float, draws: int) -> bool:
+        return bool(((found - wanted).abs() < 5 * (wanted * (1 - wanted) / draws) ** 0.5).all())
+
+    assert near(mask.mean(), keep, mask.numel())
+    assert near(mask.mean((0, 2)), keep, heads * n), "slots"
+    assert near(mask.mean((1, 2)), keep, SLOTS * n), "heads"
+    assert near(mask.mean((0, 1)), keep, heads * SLOTS), "points"
+    both = keep * keep
+    for shift in (1, 2, 4, 8, 16, 32):  # neighbours in a word, words of a draw, draws
+        pairs = mask * mask.roll(shift, 1)
+        assert near(pairs.mean(), both, mask.numel()), shift
+    assert near((mask * mask.roll(1, 0)).mean(), both, mask.numel()), "heads are independent"
+    for shift in (1, 64):
+        assert near((mask * mask.roll(shift, 2)).mean(), both, mask.numel()), "so are points"
+    again, other = kept(heads, n, p), kept(heads, n, p, seed=1)
+    assert torch.equal(again.double(), mask)
+    assert near((mask * other).mean(), both, mask.numel()), "another seed is independent"
+
+
+def test_without_dropout_nothing_is_drawn() -> None:
+    inputs, upstream = attention_inputs(2, 8, 63)
+    found = attended(inputs, upstream, 0.0, seed=0)
+    drawn = torch.get_rng_state()
+    for a, b in zip(found, attended(inputs, upstream, 1e-3, seed=1), strict=True):
+        assert torch.equal(a, b)  # 1e-3 is 0 of 256
+    torch.manual_seed(0)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert not torch.equal(found[0], attended(inputs, upstream, 0.2)[0])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_attention_writes_nothing_outside(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guard cells on both sides of everything that its kernels write keep their value."""
+    whole: list[Tensor] = []
+
+    def guarded(*shape: int, **_: Any) -> Tensor:
+        whole.append(torch.full((4096 + math.prod(shape),), 7.0, device=DEVICE))
+        return whole[-1][2048:-2048].view(shape)
+
+    monkeypatch.setattr(torch, "empty", guarded)
+    monkeypatch.setattr(torch, "empty_like", lambda t: guarded(*t.shape))
+    attended(*attention_inputs(3, 10, 97), p)
+    assert len(whole) == 3 + 3
+    for memory in whole:
+        assert (memory[:2048] == 7).all()
+        assert (memory[-2048:] == 7).all()
+        assert (memory[2048:-2048] != 7).all()
+
+
+def test_attention_in_any_memory_layout() -> None:
+    inputs, upstream = attention_inputs(4, 10, 63)
+    turned = [t.mT.contiguous().mT for t in inputs]
+    assert not turned[0].is_contiguous()
+    found = attended(turned, upstream.mT.contiguous().mT, 0.2)
+    for a, b in zip(found, attended(inputs, upstream, 0.2), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_attention_of_no_points() -> None:
+    y, *gradients = attended(*attention_inputs(4, 8, 0), 0.2)
+    assert y.shape == (4, 8, 0)
+    assert not any(g.any() for g in gradients)
+
+
+def test_attention_refuses() -> None:
+    x, key, value = (torch.zeros(s, device=DEVICE) for s in ((2, 8, 5), (64, 8), (8, 64)))
+    wide = [torch.zeros(s, device=DEVICE) for s in ((2, 65, 5), (64, 65), (65, 64))]
+    for bad in (
+        *(
+            (x.double(), key, value),
+            (x, key.t(), value),
+            (x, key, value.t()),
+            (x, key[:, 1:], value),
+        ),
+        *((x, key[:48], value[:, :48]), (x, key[:8], value[:, :8]), wide),
+    ):
+        with pytest.raises(ValueError, match="expected fp32"):
+            kernels.attend(*bad, 0.0)
+
+
+def test_attention_does_not_wait_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its seed stays on the device."""
+    inputs, upstream = attention_inputs(2, 8, 63)
+    attended(inputs, upstream, 0.2)  # compiles
+    mine = [t.to(DEVICE).requires_grad_() for t in inputs]
+    upstream = upstream.to(DEVICE)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a tensor is read by the host")
+
+    if DEVICE == "cpu":
+        for name in ("tolist", "item", "numpy", "cpu", "__int__"):
+            monkeypatch.setattr(Tensor, name, refuse)
+    try:
+        if DEVICE == "cuda":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # "a prototype feature"
+                torch.cuda.set_sync_debug_mode("error")
+        with NoWaiting():
+            kernels.attend(mine[0], mine[1], mine[2], 0.2).backward(upstream)
+    finally:
+        if DEVICE == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(t.grad is not None for t in mine)
+
+
+def test_the_module_attends_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output and every gradient of the module are those by PyTorch; where Triton cannot, it is
+    PyTorch."""
+    calls, attend = [], attention.attend
+
+    def spy(*args: Any) -> Tensor:
+        calls.append(args[3])
+        return attend(*args)
+
+    monkeypatch.setattr(attention, "attend", spy)
+    torch.manual_seed(0)
+    module, (x, grad) = ExternalAttention(16, heads=8, dropout=0.2), torch.randn(2, 63, 16)
+    found = []
+    for choice in ("torch", "triton"):
+        monkeypatch.setenv("FTD_KERNELS", choice)
+        where = DEVICE if choice == "triton" else "cpu"
+        module = module.to(where).eval()
+        module.zero_grad()
+        mine = x.to(where).requires_grad_()
+        y = module(mine)
+        y.backward(grad.to(where))
+        assert mine.grad is not None
+        named = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+        found.append({"y": y.detach(), "x": mine.grad, **named})
+    assert calls == [0.0]
+    assert found[0].keys() == found[1].keys()
+    for name, wanted in found[0].items():
+        if name == "expand.bias":  # like key.bias, it shifts all points of a slot alike
+            assert found[1][name].abs().max() < 1e-6
+        else:
+            assert_close(found[1][name], wanted.double(), 1e-5)
+    module.train()(x.to(DEVICE))
+    assert calls == [0.0, 0.2]
+    ExternalAttention(65, heads=4).to(DEVICE)(torch.randn(3, 65, device=DEVICE))
+    module.double()(x.double().to(DEVICE))
+    assert len(calls) == 2
