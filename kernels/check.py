@@ -216,15 +216,11 @@ def _attention(n: int, p: float, device: torch.device, g: torch.Generator) -> Ch
             factor = factor.double()
         for _ in range(2):
             torch.manual_seed(0)
-            mine = tuple(t.to(device).requires_grad_() for t in (x, key, value))
-            y = kernels.attend(*mine, p)
+            mine = [t.to(device).requires_grad_() for t in (x, key, value)]
+            y = kernels.attend(mine[0], mine[1], mine[2], p)
             runs.append([y, *torch.autograd.grad(y, mine, grad.to(device))])
-    exact = (
-        x.double().requires_grad_(),
-        key.double().requires_grad_(),
-        value.double().requires_grad_(),
-    )
-    y = attention_of_heads(*exact, factor)
+    exact = [t.double().requires_grad_() for t in (x, key, value)]
+    y = attention_of_heads(exact[0], exact[1], exact[2], factor)
     true = [y, *torch.autograd.grad(y, exact, grad.double())]
     what = "external attention and gradients" + (", dropout" if p else "")
     return _compare(what, "fp32", runs, true)

@@ -52,8 +52,8 @@ One level up, the first three voxels share a parent:
     3 (0, 1, 1) [(2, 0)]
     7 (1, 1, 1) [(3, 1)]
 
-Nothing here is fast. `maps.py` and `reference.py` compute the same on a CPU, `hash.py` and
-`gemm.py` on a GPU; the tests compare both with this file.
+Nothing here is fast. `maps.py` and `reference.py` compute the same on a CPU, `hash.py`, `gemm.py`
+and `attention.py` on a GPU; the tests compare both with this file.
 """
 
 from __future__ import annotations

@@ -756,7 +756,7 @@ def test_attention_refuses() -> None:
         *((x, key[:48], value[:, :48]), (x, key[:8], value[:, :8]), wide),
     ):
         with pytest.raises(ValueError, match="expected fp32"):
-            kernels.attend(*bad, 0.0)
+            kernels.attend(bad[0], bad[1], bad[2], 0.0)
 
 
 def test_attention_does_not_wait_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
