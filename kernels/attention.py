@@ -90,7 +90,8 @@ def _tile(x, n, c, d, points, there):
 @triton.jit
 def _attention(logit, highest, scale, there):
     """a and b from the logits, (S, BN) each, 0 where there is no point."""
-    a = tl.where(there[None, :], tl.exp(logit - highest[:, None]) * scale[:, None], 0.0)
+    apart = tl.where(there[None, :], logit - highest[:, None], float("-inf"))
+    a = tl.exp(apart) * scale[:, None]
     return a, a / (1e-9 + tl.sum(a, 0))[None, :]
 
 

@@ -648,16 +648,22 @@ def test_attention_repeats() -> None:
         assert not torch.equal(a, b)
 
 
-def test_attention_keeps_its_range() -> None:
-    """Logits whose exponentials would overflow, or vanish, beside each other's."""
-    (x, key, value), upstream = attention_inputs(1, 8, 97)
+@pytest.mark.parametrize("n", [1, 97])
+def test_attention_keeps_its_range(n: int) -> None:
+    """Logits whose exponentials would overflow, or vanish; all of a slot's may be far below 0."""
+    (x, key, value), upstream = attention_inputs(1, 8, n)
     inputs = [x * 30, key * 3, value]
     exact = [t.double().requires_grad_() for t in inputs]
     y = check.attention_of_heads(exact[0], exact[1], exact[2], None)
-    assert (key[0] @ inputs[0][0]).abs().max() > 88
+    logits = inputs[1] @ inputs[0][0]
+    assert logits.max() > 88
+    assert n > 1 or logits.max(1).values.min() < -88
     wanted = [y, *torch.autograd.grad(y, exact, upstream.double())]
     for a, b in zip(attended(inputs, upstream, 0.0), wanted, strict=True):
-        assert_close(a, b, 3e-4)  # a logit of 1,000 is known to 6e-5
+        if b.abs().max() > 1e-12:  # a softmax over one point is 1
+            assert_close(a, b, 3e-4)  # a logit of 1,000 is known to 6e-5
+        else:
+            assert a.abs().max() < 1e-3
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter
@@ -696,6 +702,8 @@ def test_dropout_of_the_attention(p: float) -> None:
     again, other = kept(heads, n, p), kept(heads, n, p, seed=1)
     assert torch.equal(again.double(), mask)
     assert near((mask * other).mean(), both, mask.numel()), "another seed is independent"
+    rare = kept(heads, n, 255 / 256).double()
+    assert near(rare.mean(), 1 / 256, rare.numel()), "one byte of 256 is kept"
 
 
 def test_without_dropout_nothing_is_drawn() -> None:
@@ -729,7 +737,7 @@ def test_attention_writes_nothing_outside(p: float, monkeypatch: pytest.MonkeyPa
 
 
 def test_attention_in_any_memory_layout() -> None:
-    inputs, upstream = attention_inputs(4, 10, 63)
+    inputs, upstream = attention_inputs(2, 10, 31)
     turned = [t.mT.contiguous().mT for t in inputs]
     assert not turned[0].is_contiguous()
     found = attended(turned, upstream.mT.contiguous().mT, 0.2)
@@ -821,3 +829,14 @@ def test_the_module_attends_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     ExternalAttention(65, heads=4).to(DEVICE)(torch.randn(3, 65, device=DEVICE))
     module.double()(x.double().to(DEVICE))
     assert len(calls) == 2
+
+
+def test_check_of_the_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Green here; red where other slots are dropped than forward shows."""
+    g, device = torch.Generator().manual_seed(0), torch.device(DEVICE)
+    before = torch.get_rng_state()
+    assert check._attention(20, 0.2, device, g).ok
+    assert torch.equal(torch.get_rng_state(), before), "the caller's chance is left alone"
+    kept_of = check.kept_slots
+    monkeypatch.setattr(check, "kept_slots", lambda *args: kept_of(*args).roll(1, 1))
+    assert not check._attention(20, 0.2, device, g).ok
