@@ -102,7 +102,7 @@ def _dropout(seed, head, n, S: tl.constexpr, BN: tl.constexpr, DROP: tl.constexp
     group = zero + tl.arange(0, S // 16)[:, None]
     point = zero + n.to(tl.int32)[None, :]
     w0, w1, w2, w3 = tl.philox(tl.load(seed), point, zero + head, group, zero)
-    words = tl.join(tl.join(w0, w1), tl.join(w2, w3))  # (S / 16, BN, 2, 2)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (S / 16, BN, 2, 2), w0 to w3 in order
     words = tl.reshape(tl.permute(words, (0, 2, 3, 1)), (S // 4, 1, BN))
     byte = words >> (8 * tl.arange(0, 4))[None, :, None] & 255
     return tl.where(tl.reshape(byte, (S, BN)) >= DROP, 256.0 / (256 - DROP), 0.0)

@@ -679,10 +679,34 @@ def test_attention_lets_nothing_invalid_pass() -> None:
     assert dvalue.isnan().all()
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5])
-def test_dropout_of_the_attention(p: float) -> None:
-    """The right share is kept of every slot, head and byte, and any two choices are independent."""
-    heads, n = 4, 130
+def philox(counter: tuple[int, int, int, int], seed: int) -> list[int]:
+    """Four words of Philox 4x32-10 (Salmon et al., 2011)."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & 0xFFFFFFFF, seed >> 32
+    for _ in range(10):
+        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = b >> 32 ^ c1 ^ k0, b & 0xFFFFFFFF, a >> 32 ^ c3 ^ k1, a & 0xFFFFFFFF
+        k0, k1 = k0 + 0x9E3779B9 & 0xFFFFFFFF, k1 + 0xBB67AE85 & 0xFFFFFFFF
+    return [c0, c1, c2, c3]
+
+
+@pytest.mark.parametrize("drop", [1, 90, 255])
+def test_dropout_of_the_attention_is_philox(drop: int) -> None:
+    """Every choice, by the definition; a byte equal to p is kept."""
+    heads, n = 2, 40
+    torch.manual_seed(5)
+    seed = int(torch.randint(2**62, (), device=DEVICE))
+    mask = kept(heads, n, drop / 256, seed=5)
+    for head in range(heads):
+        for point in range(n):
+            words = [w for group in range(4) for w in philox((point, head, group, 0), seed)]
+            wanted = [w >> shift & 255 >= drop for w in words for shift in (0, 8, 16, 24)]
+            assert mask[head, :, point].tolist() == wanted
+
+
+def test_dropout_of_the_attention_keeps_its_share() -> None:
+    """Of all, of each slot, head and point; and neighbours are independent."""
+    heads, n, p = 4, 130, 0.1
     mask, keep = kept(heads, n, p).double(), 1 - round(256 * p) / 256
 
     def near(found: Tensor, wanted: float, draws: int) -> bool:
@@ -692,18 +716,9 @@ def test_dropout_of_the_attention(p: float) -> None:
     assert near(mask.mean((0, 2)), keep, heads * n), "slots"
     assert near(mask.mean((1, 2)), keep, SLOTS * n), "heads"
     assert near(mask.mean((0, 1)), keep, heads * SLOTS), "points"
-    both = keep * keep
-    for shift in (1, 2, 4, 8, 16, 32):  # neighbours in a word, words of a draw, draws
-        pairs = mask * mask.roll(shift, 1)
-        assert near(pairs.mean(), both, mask.numel()), shift
-    assert near((mask * mask.roll(1, 0)).mean(), both, mask.numel()), "heads are independent"
-    for shift in (1, 64):
-        assert near((mask * mask.roll(shift, 2)).mean(), both, mask.numel()), "so are points"
-    again, other = kept(heads, n, p), kept(heads, n, p, seed=1)
-    assert torch.equal(again.double(), mask)
-    assert near((mask * other).mean(), both, mask.numel()), "another seed is independent"
-    rare = kept(heads, n, 255 / 256).double()
-    assert near(rare.mean(), 1 / 256, rare.numel()), "one byte of 256 is kept"
+    others = [mask.roll(shift, axis) for axis in range(3) for shift in (1, 2)]
+    for other in (*others, kept(heads, n, p, seed=1)):
+        assert near((mask * other).mean(), keep * keep, mask.numel())
 
 
 def test_without_dropout_nothing_is_drawn() -> None:
