@@ -209,6 +209,20 @@ def test_check_is_green_here_and_red_where_an_operation_is_wrong(
     assert not check.run(cpu)[0].ok, "two runs differ"
 
 
+def test_the_check_has_the_channels_that_training_runs() -> None:
+    """On a GPU alone: their dense truth takes a CPU seconds."""
+    cpu, g = torch.device("cpu"), torch.Generator().manual_seed(0)
+    points = torch.randint(0, check.GRID, (300, 4), generator=g)
+    points[:, 0] %= 2
+    p = kernels.pyramid(points, 2)
+    layers = {tuple(w.shape) for w in UNet3D(16).parameters() if w.ndim == 3}
+    for kind, kmap in (("submanifold", p.same[0]), ("strided", p.down[0])):
+        pairs = [pair for name, pair in check.TRAINED if name == kind]
+        assert pairs and {(kmap.offsets, *pair) for pair in pairs} <= layers
+        found = check._convolution(kind, kmap, "fp32", pairs[0], p, cpu, g)
+        assert found.ok and "{} -> {}".format(*pairs[0]) in found.what
+
+
 # PyTorch's compiler looks at .grad itself.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_compiled_network_is_the_same() -> None:

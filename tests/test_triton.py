@@ -167,11 +167,15 @@ def test_convolution_and_gradients(kind: str, n: int, cin: int, cout: int) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])])
 @pytest.mark.parametrize("kind", KINDS)
-def test_convolution_in_half_precision(kind: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("cin", "cout"), [(24, 48), *([(1, 16), (64, 64), (192, 96)] if DEVICE == "cuda" else [])]
+)
+def test_convolution_in_half_precision(kind: str, dtype: torch.dtype, cin: int, cout: int) -> None:
+    """On a GPU also at channels that divide by 16, which are other machine code."""
     torch.manual_seed(0)
     ours, kernel_map = maps_of(hash.HashPyramid(cloud(97).to(DEVICE), 3), kind)
-    x = torch.randn(ours.n_in, 24).to(dtype).float()
-    w = torch.randn(ours.offsets, 24, 48).to(dtype).float()
+    x = torch.randn(ours.n_in, cin).to(dtype).float()
+    w = torch.randn(ours.offsets, cin, cout).to(dtype).float()
     check_convolution(x, w, ours, kernel_map, dtype, 2e-3 if dtype == torch.float16 else 1e-2)
 
 
