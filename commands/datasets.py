@@ -62,6 +62,7 @@ def prepare(
     frames: Frames = None,
     data_version: Version = None,
     cache: Cache = None,
+    as_json: AsJson = False,
 ) -> None:
     """Project, map labels, resize, and write the memory-mapped index. Training does this by itself
     when it is missing."""
@@ -98,10 +99,12 @@ def prepare(
         if not names:
             raise fail(f"{root}: no frame of any split of {domain}; nothing prepared", DATA)
         console.print(f"splits with frames here: {', '.join(there)}", soft_wrap=True)
+    made = []
     for name in names:
         with screen.bar(console) as tell:
             index = write_index(root, row, name, classes, shape, folder, data_version, tokens, tell)
         f = index.fingerprint
+        made.append({"path": str(index.path), **f})
         per_class = zip(CLASS_SETS[classes], f["points_per_class"], strict=True)
         counts = ", ".join(f"{n} {c:,}" for n, c in per_class)
         count = readers.plural(f["frames"], "frame")
@@ -111,6 +114,8 @@ def prepare(
             f"{f['ignored']:,}\n  {index.path}",
             soft_wrap=True,
         )
+    if as_json:
+        print(json.dumps({"indexes": made}))
 
 
 def synth(

@@ -262,6 +262,7 @@ def predict(
     device: Device = None,
     threads: Threads = None,
     cache: Cache = None,
+    as_json: AsJson = False,
 ) -> None:
     """Label frames, which need no labels, and write them as the data set's benchmark takes them:
     SemanticKITTI .label, nuScenes lidarseg .bin, Cityscapes PNG; npy for the others."""
@@ -301,6 +302,10 @@ def predict(
         found = inference.predict_frames(system, index, chosen, dev)
         what = f"{title}, {system.heads[-1].upper()}, {path.name}, iteration {meta['iteration']}"
         _overlays(overlay, index, chosen, found, system.recipe, what, console)
+    if as_json:
+        about = {"out": str(out), "domain": origin.domain, "split": part, "files": len(refs)}
+        about |= {"labelled": done, "head": system.heads[-1], "method": title}
+        print(json.dumps(about))
 
 
 def convert(

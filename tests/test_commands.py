@@ -166,6 +166,10 @@ def test_data_commands(world: Path, cache: Path, tmp_path: Path) -> None:
     result = ftd(*prepare, "--split", "val", "--size", "48,88")
     assert result.exit_code == 0, result.output
     assert "2 frames" in result.output
+    [made] = json.loads(ftd(*prepare, "--split", "val", "--size", "48,88", "--json").stdout)[
+        "indexes"
+    ]
+    assert made["frames"] == 2 and Path(made["path"], "meta.json").is_file()
     assert ftd("data", "synth", world).exit_code == 2, "an existing folder is not overwritten"
     night = ("--src", "day", "--tgt", "night", "--frames", "1,1,1,1", "--workers", 1)
     result = ftd("data", "synth", tmp_path / "w", *night)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -136,6 +137,14 @@ def test_the_command(finished: Path, world: Path, cache: Path, tmp_path: Path) -
     assert "points that the camera sees" in words(result) and "2D+3D head" in words(result)
     assert len(list((out / "lidarseg" / "test").glob("*_lidarseg.bin"))) == 2
     assert len(list((tmp_path / "p").glob("*.png"))) == 1
+    told = ftd("predict", finished, "--out", tmp_path / "more", *where, "--json")
+    about = json.loads(told.stdout)
+    assert about.pop("labelled") == sum(
+        int((np.fromfile(path, np.uint8) > 0).sum()) for path in (out / "lidarseg").rglob("*.bin")
+    )
+    wanted = {"domain": "singapore", "split": "test", "files": 2, "head": "2d+3d"}
+    assert about.pop("method").startswith("ftdpp[steps=6,")
+    assert about == {"out": str(tmp_path / "more"), **wanted}
     again = ftd("predict", finished, "--out", out, *where)
     assert again.exit_code == 2 and "is there and not empty" in words(again)
     wrong = ftd("predict", finished, "--out", tmp_path / "x", "--split", "nope", *where)
