@@ -9,7 +9,6 @@ a ray of unit length. Arrays are float32 where nothing else is said.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -27,8 +26,7 @@ SHADOW_SHAPE, SHADOW_CELL = (200, 280), 0.3
 Pose = tuple[Array, Array]  # position (3,) and rotation (3, 3) from a sensor's frame to the scene's
 
 
-@dataclass(frozen=True)
-class Camera:
+class Camera(NamedTuple):
     """A pinhole camera, in pixels; it looks along its own z axis, x to the right, y down."""
 
     height: int
@@ -43,8 +41,7 @@ class Camera:
         return np.array([[self.focal, 0, self.centre_u], [0, self.focal, self.centre_v], [0, 0, 1]])
 
 
-@dataclass(frozen=True)
-class Lidar:
+class Lidar(NamedTuple):
     """A spinning LiDAR; angles in radians, azimuth counter-clockwise."""
 
     elevations: Array  # of the beams, from low to high
@@ -365,11 +362,7 @@ def _ground(scene: Scene, points: Array) -> Surface:
 
 
 def _things(scene: Scene, struck: Array, points: Array) -> Surface:
-    """The surface of the primitives `struck` (N,) at points (N, 3).
-
-    `pattern` of a primitive says: for FACADE the style, plus the share of glass as its fraction;
-    for LEAF the offset into the noise.
-    """
+    """The surface of the primitives `struck` (N,) at points (N, 3)."""
     normal, local = _normals(struck, points)
     night, texture, half = scene.light.lamps, struck["texture"], struck["half"]
     detail = scene.city.detail
@@ -388,9 +381,9 @@ def _things(scene: Scene, struck: Array, points: Array) -> Surface:
     # Coordinates on an upright face: u along it, height above its base.
     height = local[:, 2] + half[:, 2]
     faces_x = np.abs(normal[:, 0] * struck["cos"] + normal[:, 1] * struck["sin"]) > 0.5
-    u = np.where(faces_x, local[:, 1], local[:, 0])
-    lean = np.where(faces_x, struck["taper"][:, 1], struck["taper"][:, 0])
-    edge = np.where(faces_x, half[:, 1], half[:, 0]) - lean * height
+    along = (np.where(faces_x, of[:, 1], of[:, 0]) for of in (local, half, struck["taper"]))
+    u, wide, lean = along
+    edge = wide - lean * height
     upright = np.abs(normal[:, 2]) < 0.75
 
     facade = np.nonzero((texture == world.FACADE) & upright)[0]

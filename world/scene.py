@@ -40,7 +40,8 @@ Rng = np.random.Generator
 Pose = tuple[float, float, float, float]  # x, y, z, yaw
 
 # half: half extents; cos, sin: of the yaw; taper: how far the x and y sides lean inwards, per metre
-# of height; reflect: for the LiDAR, 0..1; pattern: varies the texture, see cast._object_albedo.
+# of height; reflect: for the LiDAR, 0..1; pattern: of leaves the offset into the noise, of a facade
+# the style, plus the share of glass as its fraction.
 PRIMITIVE = np.dtype(
     [
         ("center", "f4", 3), ("half", "f4", 3), ("cos", "f4"), ("sin", "f4"), ("taper", "f4", 2),
@@ -108,12 +109,12 @@ class Scene:
         self.half = self.lanes * self.lane + (2.3 if parking else 0.0)  # half the road's width
         self.speed = rng.uniform(6, 10)  # of the traffic and of the ego car, m/s
         for side in (0, 1):
-            _line(self, side, rng)
+            self._line(side, rng)
         if crossing:
-            _crossing(self, rng)
+            self._crossing(rng)
         if rng.random() < self.city.roadworks:
-            _roadworks(self, rng)
-        _traffic(self, parking, time, rng)
+            self._roadworks(rng)
+        self._traffic(parking, time, rng)
 
     def _lay_bands(self, rng: Rng) -> None:
         """One of the city's variants of what lies between kerb and buildings, for each side."""
@@ -129,6 +130,65 @@ class Scene:
                 if label == "sidewalk":
                     self.walk[side] = (start, edge)
             self.setback[side] = edge
+
+    def _line(self, side: int, rng: Rng) -> None:
+        """What the city's strips put along one side of the street."""
+        chance, seed = rng.random(), int(rng.integers(1 << 31))
+        for what, gap in self.city.strips:
+            place, margin = TABLES["strips"][what]
+            build = BUILDERS.get(what) or partial(_thing, what=what)
+            row = gap < 1
+            if row:  # a side of the street has one row, or none
+                chance -= gap
+                if not -gap <= chance < 0:
+                    continue
+            for x in _along(rng, self.reach, ROW_PIECE if row else gap, 0 if row else 0.3):
+                across = (2 * side - 1) * (self.half + self.across(place, side, rng))
+                if rng.random() < 0.85 and abs(x - self.cross) > self.cross_half + margin:
+                    turn = rng.uniform(-3, 3) if what == "person" else 0.0
+                    # The pieces of a row are alike.
+                    draw = np.random.default_rng(seed) if row else rng
+                    build(self, self.site(x, across, turn), draw)
+
+    def _crossing(self, rng: Rng) -> None:
+        """Traffic lights, a car waiting on each side and people who cross."""
+        for sign in (-1, 1):
+            x = self.cross - self.city.side * sign * (self.cross_half + 0.8)
+            _thing(self, self.site(x, sign * (self.half + 0.8)), rng, "signal")
+            y = float(self.centre(self.cross)) + sign * (self.half + rng.uniform(6, 9))
+            _vehicle(self, (self.cross + sign * self.lane / 2, y, 0.0, math.pi / 2), rng)
+            for _ in range(2):
+                x = self.cross - self.cross_half - rng.uniform(1.4, 3.2)
+                across = rng.uniform(-self.half, self.half)
+                _person(self, self.site(x, across, math.pi / 2), rng)
+
+    def _roadworks(self, rng: Rng) -> None:
+        """A row of cones or of barriers along the kerb."""
+        sign = self.city.side * (2 * self.lanes - 3)
+        start, what = rng.uniform(8, 40), "cone" if rng.random() < 0.5 else "barrier"
+        for k in range(7):
+            base = self.site(start + k * 2.4, sign * (self.half - 0.35))
+            _assemble(self, base, what, TABLES["palettes"]["barrier"][k % 2])
+
+    def _traffic(self, parking: bool, time: float, rng: Rng) -> None:
+        """Parked cars, then moving ones lane by lane."""
+        keep_side = self.city.side
+        for sign in (-1, 1) if parking else ():
+            for x in _along(rng, self.reach, 10):
+                if abs(x - self.cross) > self.cross_half + 9 and rng.random() < 0.8:
+                    turn = 0.0 if sign == keep_side else math.pi
+                    _vehicle(self, self.pose(x, sign * (self.half - 1.15), turn), rng, parked=True)
+        for direction in (1, -1):
+            for lane in range(self.lanes):
+                # The first car of the ego lane keeps its distance; behind the ego car that lane is
+                # empty.
+                x = rng.uniform(*((15, 42) if direction == 1 and lane == 0 else (-50, -30)))
+                while x < self.reach[1]:
+                    middle = direction * keep_side * self.lane * (lane + 0.5)
+                    at = x + direction * self.speed * time
+                    turn = 0.0 if direction == 1 else math.pi
+                    _vehicle(self, self.pose(at, middle + rng.uniform(-0.2, 0.2), turn), rng)
+                    x += rng.uniform(18, 48)
 
     @cached_property
     def primitives(self) -> Array:
@@ -183,10 +243,6 @@ class Scene:
     def site(self, x: float, across: float, turn: float = 0.0) -> Pose:
         """As `pose`; its y axis points to the road."""
         return self.pose(x, across, turn + (math.pi if across > 0 else 0.0))
-
-    def is_clear(self, x: float, margin: float) -> bool:
-        """Whether `x` keeps a margin from the crossing street."""
-        return abs(x - self.cross) > self.cross_half + margin
 
     def place(self, base: Pose, offset: Vector) -> Vector:
         """The point of the scene at `offset` in the frame of `base`."""
@@ -285,8 +341,7 @@ def _person(scene: Scene, base: Pose, rng: Rng, riding: float = 0.0) -> None:
 
 def _leaves(scene: Scene, base: Pose, at: Vector, half: Vector, rng: Rng, shape: str) -> None:
     color, offset = _pick(rng, scene.city.leaves, 0.25), rng.random() * 60
-    leaves = partial(scene.add, texture="leaf", reflect=0.5, pattern=offset)
-    leaves(base, shape, "vegetation", at, half, color)
+    scene.add(base, shape, "vegetation", at, half, color, "leaf", reflect=0.5, pattern=offset)
 
 
 def _tree(scene: Scene, base: Pose, rng: Rng) -> None:
@@ -300,8 +355,7 @@ def _tree(scene: Scene, base: Pose, rng: Rng) -> None:
         turned = (*base[:3], base[3] + k * 0.898 + trunk)
         at, size = (1.0, 0, 2 * middle + 0.1), (1.2, 0.22, 0.32)
         if not palm:
-            draw = rng.uniform
-            out, width, rise = draw(0.4, 0.62), draw(0.42, 0.62), draw(0.45, 1.5)
+            out, width, rise = rng.uniform((0.4, 0.42, 0.45), (0.62, 0.62, 1.5))
             if k == 0:
                 out, width, rise = 0.0, 0.65, 1.2
             at = (radius * out, 0, trunk + half_height * rise)
@@ -351,66 +405,3 @@ BUILDERS: dict[str, Callable[..., None]] = {
     "tree": _tree, "garden": _tree, "bush": _bush, "hedge": partial(_bush, hedge=True),
     "person": _person, "bike": _bike,
 }  # fmt: skip
-
-
-def _line(scene: Scene, side: int, rng: Rng) -> None:
-    """What the city's strips put along one side of the street."""
-    chance, seed = rng.random(), int(rng.integers(1 << 31))
-    for what, gap in scene.city.strips:
-        place, margin = TABLES["strips"][what]
-        build = BUILDERS.get(what) or partial(_thing, what=what)
-        row = gap < 1
-        if row:  # a side of the street has one row, or none
-            chance -= gap
-            if not -gap <= chance < 0:
-                continue
-        for x in _along(rng, scene.reach, ROW_PIECE if row else gap, 0 if row else 0.3):
-            across = (2 * side - 1) * (scene.half + scene.across(place, side, rng))
-            if rng.random() < 0.85 and scene.is_clear(x, margin):
-                turn = rng.uniform(-3, 3) if what == "person" else 0.0
-                # The pieces of a row are alike.
-                draw = np.random.default_rng(seed) if row else rng
-                build(scene, scene.site(x, across, turn), draw)
-
-
-def _crossing(scene: Scene, rng: Rng) -> None:
-    """Traffic lights, a car waiting on each side and people who cross."""
-    for sign in (-1, 1):
-        x = scene.cross - scene.city.side * sign * (scene.cross_half + 0.8)
-        _thing(scene, scene.site(x, sign * (scene.half + 0.8)), rng, "signal")
-        y = float(scene.centre(scene.cross)) + sign * (scene.half + rng.uniform(6, 9))
-        _vehicle(scene, (scene.cross + sign * scene.lane / 2, y, 0.0, math.pi / 2), rng)
-        for _ in range(2):
-            x = scene.cross - scene.cross_half - rng.uniform(1.4, 3.2)
-            across = rng.uniform(-scene.half, scene.half)
-            _person(scene, scene.site(x, across, math.pi / 2), rng)
-
-
-def _roadworks(scene: Scene, rng: Rng) -> None:
-    """A row of cones or of barriers along the kerb."""
-    sign = scene.city.side * (2 * scene.lanes - 3)
-    start, what = rng.uniform(8, 40), "cone" if rng.random() < 0.5 else "barrier"
-    for k in range(7):
-        base = scene.site(start + k * 2.4, sign * (scene.half - 0.35))
-        _assemble(scene, base, what, TABLES["palettes"]["barrier"][k % 2])
-
-
-def _traffic(scene: Scene, parking: bool, time: float, rng: Rng) -> None:
-    """Parked cars, then moving ones lane by lane."""
-    keep_side = scene.city.side
-    for sign in (-1, 1) if parking else ():
-        for x in _along(rng, scene.reach, 10):
-            if scene.is_clear(x, 9) and rng.random() < 0.8:
-                turn = 0.0 if sign == keep_side else math.pi
-                _vehicle(scene, scene.pose(x, sign * (scene.half - 1.15), turn), rng, parked=True)
-    for direction in (1, -1):
-        for lane in range(scene.lanes):
-            # The first car of the ego lane keeps its distance; behind the ego car that lane is
-            # empty.
-            x = rng.uniform(*((15, 42) if direction == 1 and lane == 0 else (-50, -30)))
-            while x < scene.reach[1]:
-                middle = direction * keep_side * scene.lane * (lane + 0.5)
-                at = x + direction * scene.speed * time
-                turn = 0.0 if direction == 1 else math.pi
-                _vehicle(scene, scene.pose(at, middle + rng.uniform(-0.2, 0.2), turn), rng)
-                x += rng.uniform(18, 48)
