@@ -118,8 +118,7 @@ def main(folder: Path, frames: int) -> None:
                 continue
             done.add(name)
             domain = domains()[name]
-            own = shots["" if home == root else name]
-            found, classes = survey(home, own, domain), CLASSES[domain.reader]
+            found, classes = survey(home, shots, domain), CLASSES[domain.reader]
             with TemporaryDirectory(dir=folder) as cache:
                 start = time.perf_counter()
                 index = prepare(home, domain, None, classes, None, cache)

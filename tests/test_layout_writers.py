@@ -18,7 +18,7 @@ from ftdpp.docs import worlds
 from ftdpp.readers import domains, list_frames, reader_of
 from ftdpp.readers.dense import read_16_bits
 from ftdpp.readers.nuscenes import OFFICIAL_VAL, SSDA_LABELLED, SSDA_TRAIN, VAL_NIGHT, VAL_SINGAPORE
-from ftdpp.world import layouts, points, rig
+from ftdpp.world import datasets, layouts, rig
 from ftdpp.world.scene import LABELS, TABLES, WORLDS
 
 Pair = tuple[str, str]
@@ -37,8 +37,7 @@ def pair_with(name: str) -> Pair:
 
 
 def shots_of(pair: Pair, name: str) -> list[rig.Shot]:
-    sets = layouts.shots_of(*pair, counts(pair), 0)
-    return [shot for shots in sets.values() for shot in shots if shot.world == name]
+    return [s for s in layouts.shots_of(*pair, counts(pair), 0) if s.world == name]
 
 
 def digest(root: Path) -> dict[str, str]:
@@ -102,7 +101,7 @@ def test_the_readers_find_the_splits(pair: Pair, build: Build) -> None:
         name = pair[0] if part == "source" else pair[1]
         split = part if part in ("val", "test") else "train"
         (root,) = layouts.roots(build(pair), name)
-        weathers = len(points.WEATHERS) if name == "vkitti" else 1
+        weathers = len(datasets.WEATHERS) if name == "vkitti" else 1
         assert len(list_frames(root, domains()[name], split)) == count * weathers, part
 
 
@@ -110,7 +109,7 @@ def test_the_readers_find_the_splits(pair: Pair, build: Build) -> None:
 def test_readers_and_rays_agree(name: str, home: Callable[[str], Path]) -> None:
     shots = shots_of(pair_with(name), name)
     found = worlds.survey(home(name), shots, domains()[name])
-    assert found.read == found.written * (len(points.WEATHERS) if name == "vkitti" else 1)
+    assert found.read == found.written * (len(datasets.WEATHERS) if name == "vkitti" else 1)
     assert found.written == len(shots) > 0
     assert found.rows / found.read > 2_000 and found.compared > 0.3 * found.rows
     assert found.equal > 0.99 * found.compared
@@ -253,24 +252,27 @@ def test_domains_differ(build: Build) -> None:
 @all_pairs
 def test_no_two_frames_share_a_file(pair: Pair) -> None:
     sizes = layouts.DEFAULT_FRAMES[pair]
-    sets = layouts.shots_of(*pair, sizes, 0)
-    for shots in sets.values():
-        files = [file for shot in shots for file in layouts.LAYOUTS[shot.world].files(shot)]
-        assert len(set(files)) == len(files)
-    shots = [shot for part in sets.values() for shot in part]
+    shots = layouts.shots_of(*pair, sizes, 0)
+    homes = layouts.roots(Path(), *(shot.world for shot in shots))
+    files = [
+        home / file
+        for home, shot in zip(homes, shots, strict=True)
+        for file in layouts.LAYOUTS[shot.world].files(shot)
+    ]
+    assert len(set(files)) == len(files)
     assert len(shots) == sum(sizes.values())
     assert len({(shot.key, shot.number) for shot in shots}) == len(shots)
 
 
 def test_places_are_enough_for_many_frames() -> None:
     """A second street in a sequence goes on with its numbers; a nuScenes scene gets longer."""
-    sets = layouts.shots_of("vkitti", "skitti", {"source": 30}, 0)
-    first = [shot for shot in sets["vkitti"] if shot.place == "0001"]
+    shots = layouts.shots_of("vkitti", "skitti", {"source": 30}, 0)
+    first = [shot for shot in shots if shot.place == "0001"]
     assert [shot.index for shot in first] == list(range(len(first))) and len(first) > 4
     assert len({shot.key for shot in first}) == 2
     sizes = layouts.sizes_of("day", "night", {"test": 70})
-    sets = layouts.shots_of("day", "night", sizes, 0)
-    night = [s for s in sets[""] if s.world == "night" and s.key[2] == 3]
+    shots = layouts.shots_of("day", "night", sizes, 0)
+    night = [s for s in shots if s.world == "night" and s.key[2] == 3]
     assert len(night) == 70 and {s.number for s in night} == set(range(5))
 
 
@@ -296,8 +298,8 @@ def test_semantic_kitti(home: Callable[[str], Path]) -> None:
 def test_virtual_kitti(home: Callable[[str], Path]) -> None:
     root = home("vkitti")
     cloud = np.load(root / "vkitti3d_npy/0001/00000.npy")
-    assert cloud.shape == (points.POINTS, 7) and cloud.dtype == np.float32
-    images = [pixels(root / f"vkitti_1.3.1_rgb/0001/{w}/00000.png") for w in points.WEATHERS]
+    assert cloud.shape == (datasets.POINTS, 7) and cloud.dtype == np.float32
+    images = [pixels(root / f"vkitti_1.3.1_rgb/0001/{w}/00000.png") for w in datasets.WEATHERS]
     clone = images[0]
     assert clone.shape == (375, 1242, 3) and len(images) == 6
     assert all(np.abs(clone.astype(int) - other).mean() > 5 for other in images[1:])
@@ -311,7 +313,7 @@ def test_virtual_kitti(home: Callable[[str], Path]) -> None:
 
 def test_fog_hides_what_is_far() -> None:
     image = np.full((1, 2, 3), 80, np.uint8)
-    near, far = points.relit(image, np.array([[1.0, np.inf]], np.float32), "fog")[0]
+    near, far = datasets.relit(image, np.array([[1.0, np.inf]], np.float32), "fog")[0]
     assert near.max() < 90 and far.tolist() == [190, 194, 198]
 
 
@@ -324,7 +326,7 @@ def test_a2d2(home: Callable[[str], Path]) -> None:
     xyz, row, col = (arrays[key] for key in ("points", "row", "col"))
     assert len(xyz) == len(row) == len(col) > 3_000
     assert set(arrays["lidar_id"]) == {0, 1, 2}
-    u, v, w = points.CAMERA.matrix @ np.stack([-xyz[:, 1], -xyz[:, 2], xyz[:, 0]])
+    u, v, w = layouts.LAYOUTS["a2d2"].camera.matrix @ np.stack([-xyz[:, 1], -xyz[:, 2], xyz[:, 0]])
     np.testing.assert_allclose((v / w, u / w), (row, col), atol=1e-2)
     np.testing.assert_allclose(arrays["depth"], w, rtol=1e-5)
     # The camera's image is distorted: what the reader undistorts is what the camera sees.
@@ -338,21 +340,24 @@ def test_a2d2(home: Callable[[str], Path]) -> None:
 
 def test_calibrations_are_those_of_the_cameras() -> None:
     """What the readers are told is what the rays are cast with."""
-    row, front = TABLES["layouts"]["a2d2"], points.FRONT
-    assert front["CamMatrix"] == points.CAMERA.matrix.tolist()
+    row, front = TABLES["layouts"]["a2d2"], datasets.FRONT
+    assert front["CamMatrix"] == layouts.LAYOUTS["a2d2"].camera.matrix.tolist()
     assert (front["view"]["origin"], front["Resolution"]) == (row["eye"], row["camera"][1::-1])
     row, stereo = TABLES["layouts"]["cityscapes"], TABLES["cityscapes"]["calibration"]
     assert list(stereo["extrinsic"].values())[1:] == row["eye"]
     assert list(stereo["intrinsic"].values()) == [row["camera"][2], *row["camera"][2:]]
+    camera, front = layouts.NUSCENES.camera, TABLES["nuscenes"]["sensors"]["CAM_FRONT"]
+    assert front["intrinsic"] == camera.matrix.tolist()
+    assert front["format"] == ["jpg", camera.height, camera.width]
 
 
 def test_the_lens_is_inverted() -> None:
-    row, col = points.lens()
-    camera = points.CAMERA
+    camera = layouts.LAYOUTS["a2d2"].camera
+    row, col = datasets.lens(camera)
     inside = (row > 0) & (row < camera.height - 1) & (col > 0) & (col < camera.width - 1)
     assert inside.mean() > 0.8
     y, x = (row - camera.centre_v) / camera.focal, (col - camera.centre_u) / camera.focal
-    scale = points.LENS * (1 + points.DISTORTION * (x * x + y * y))
+    scale = datasets.LENS * (1 + datasets.DISTORTION * (x * x + y * y))
     back = scale * y + camera.centre_v, scale * x + camera.centre_u
     for found, right in zip(back, np.mgrid[: camera.height, : camera.width], strict=True):
         np.testing.assert_allclose(found[inside], right[inside], atol=1e-3)
@@ -464,14 +469,14 @@ def test_an_interrupted_build_is_resumed(
     before = stats(partial)
     assert before
     # A third frame was cut off: all its files are there but one, and that one half written.
-    sets = layouts.shots_of(*pair, counts(pair), 0)
-    folder, shot = [(folder, shot) for folder, shots in sets.items() for shot in shots][2]
+    shot = layouts.shots_of(*pair, counts(pair), 0)[2]
+    (there,), (here,) = layouts.roots(whole, shot.world), layouts.roots(partial, shot.world)
     *complete, last = layouts.LAYOUTS[shot.world].files(shot)
     for file in complete:
-        (partial / folder / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(whole / folder / file, partial / folder / file)
-    (partial / folder / last).parent.mkdir(parents=True, exist_ok=True)
-    (partial / folder / last).with_name(".half.png.1.tmp").write_bytes(b"half")
+        (here / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(there / file, here / file)
+    (here / last).parent.mkdir(parents=True, exist_ok=True)
+    (here / last).with_name(".half.png.1.tmp").write_bytes(b"half")
 
     rendered: list[rig.Shot] = []
     monkeypatch.setattr(layouts, "_write", recording(rendered, layouts._write))
@@ -485,10 +490,10 @@ def test_an_interrupted_build_is_resumed(
 def recording(rendered: list[rig.Shot], write: Any) -> Any:
     """`layouts._write`, which notes what it renders."""
 
-    def recorded(root: Path, shot: rig.Shot) -> None:
-        last = root / layouts.LAYOUTS[shot.world].files(shot)[-1]
+    def recorded(home: Path, shot: rig.Shot) -> None:
+        last = home / layouts.LAYOUTS[shot.world].files(shot)[-1]
         before = last.stat().st_mtime_ns if last.exists() else 0
-        write(root, shot)
+        write(home, shot)
         if last.stat().st_mtime_ns != before:
             rendered.append(shot)
 

@@ -8,11 +8,12 @@ import os
 import shutil
 from collections import Counter
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 
 from ftdpp import files
 from ftdpp.processes import in_processes
-from ftdpp.world import dense, nuscenes, points
+from ftdpp.world import datasets, nuscenes
 from ftdpp.world.rig import Layout, Shot
 from ftdpp.world.scene import TABLES, WORLDS
 
@@ -21,49 +22,46 @@ FRAMES_PER_STREET = 4
 NUSCENES = nuscenes.NuScenes("nuscenes")
 LAYOUTS: dict[str, Layout] = {
     **dict.fromkeys(("usa", "singapore", "day", "night"), NUSCENES),
-    "vkitti": points.VirtualKitti("virtual_kitti"),
-    "skitti": points.SemanticKitti("semantic_kitti"),
-    "a2d2": points.A2d2("a2d2"),
-    "gta5": dense.Gta5("gta5"),
-    "synthia": dense.Synthia("synthia"),
-    "cityscapes": dense.Cityscapes("cityscapes"),
+    "vkitti": datasets.VirtualKitti("virtual_kitti"),
+    "skitti": datasets.SemanticKitti("semantic_kitti"),
+    "a2d2": datasets.A2d2("a2d2"),
+    "gta5": datasets.Gta5("gta5"),
+    "synthia": datasets.Synthia("synthia"),
+    "cityscapes": datasets.Cityscapes("cityscapes"),
 }
 DEFAULT_FRAMES = {(source, target): frames for source, target, frames in TABLES["pairs"]}
 PAIRS = tuple(DEFAULT_FRAMES)
 
 
-def shots_of(source: str, target: str, frames: dict[str, int], seed: int) -> dict[str, list[Shot]]:
-    """Folder below the root -> the frames of the data set in it; one where the pair shares it.
-
-    frames: of each part: source, target, val, test.
-    """
-    out: dict[str, list[Shot]] = {}
-    for index, (part, count) in enumerate(frames.items()):
-        world = source if part == "source" else target
-        layout, length = LAYOUTS[world], FRAMES_PER_STREET
-        places = layout.places(world, part if part in ("val", "test") else "train")
-        if layout is NUSCENES:  # a street a place, longer where there are not enough
+def shots_of(source: str, target: str, frames: dict[str, int], seed: int) -> list[Shot]:
+    """The frames of a pair, part by part. frames: of each part: source, target, val, test."""
+    shots = []
+    for index, (name, count) in enumerate(frames.items()):
+        world, part = source if name == "source" else target, name
+        if name in ("source", "target"):
+            part = "train"
+        places, length = LAYOUTS[world].places(world, part), FRAMES_PER_STREET
+        if LAYOUTS[world] is NUSCENES:  # a street a place, longer where there are not enough
             length = max(length, math.ceil(count / len(places)))
         used: Counter[str] = Counter()
         for n in range(count):
             street, number = divmod(n, length)
             city, place = places[street % len(places)]
-            key = seed, list(WORLDS).index(world), index, street
-            shot = Shot(world, city, key, number, 10.0 * (length - 1), place, used[place])
-            out.setdefault(_folder(world), []).append(shot)
+            key, travel = (seed, list(WORLDS).index(world), index, street), 10.0 * (length - 1)
+            shots.append(Shot(world, part, city, key, number, travel, place, used[place]))
             used[place] += 1
-    return out
+    return shots
 
 
-def _folder(domain: str) -> str:
-    """Of a domain's data set, below the root: those of nuScenes share the root itself."""
-    return "" if LAYOUTS[domain] is NUSCENES else domain
+def roots(root: Path, *domains: str) -> tuple[Path, ...]:
+    """Where the data set of each domain lies in a world; those of nuScenes share its root."""
+    return tuple(root if LAYOUTS[domain] is NUSCENES else root / domain for domain in domains)
 
 
-def _write(root: Path, shot: Shot) -> None:
-    """Writes a frame below `root`, unless its files are all there: each was written whole."""
+def _write(home: Path, shot: Shot) -> None:
+    """Writes a frame below `home`, unless its files are all there: each was written whole."""
     layout = LAYOUTS[shot.world]
-    paths = [root / file for file in layout.files(shot)]
+    paths = [home / file for file in layout.files(shot)]
     if not all(path.exists() for path in paths):
         for path, content in zip(paths, layout.contents(shot, shot.scene()), strict=True):
             files.write(path, content)
@@ -114,9 +112,8 @@ def write_world(
     partial, plan = root.with_name(f".{root.name}.partial"), [VERSION, source, target, sizes, seed]
     # Tells one plan from another, and is gone from the finished world.
     note, content = partial / "plan.json", json.dumps(plan).encode()
-    sets = shots_of(source, target, sizes, seed)
-    shots = [shot for part in sets.values() for shot in part]
-    homes = [partial / folder for folder, part in sets.items() for _ in part]
+    shots = shots_of(source, target, sizes, seed)
+    homes = roots(partial, *(shot.world for shot in shots))
     with files.locked(partial):  # another process may write it while this one waits
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
             raise FileExistsError(
@@ -130,18 +127,14 @@ def write_world(
             for done, _ in enumerate(mapped(_write, homes, shots), 1):
                 if progress:
                     progress(done, len(shots), "building the street world")
-        for folder, part in sets.items():
+        for home, own in groupby(zip(homes, shots, strict=True), key=lambda pair: pair[0]):
+            part = [shot for _, shot in own]
             for name, text in LAYOUTS[part[0].world].tables(part).items():
-                files.write(partial / folder / name, text.encode())
+                files.write(home / name, text.encode())
         for stale in partial.rglob(".*.tmp"):  # of workers that were killed
             stale.unlink()
         os.replace(partial, root)
         (root / note.name).unlink()  # only now: a kill before the rename loses nothing
-
-
-def roots(root: Path, *domains: str) -> tuple[Path, ...]:
-    """Where the data set of each domain lies in a world that `write_world` wrote."""
-    return tuple(root / _folder(domain) for domain in domains)
 
 
 def pair_of(src: str, tgt: str) -> tuple[str, str] | None:

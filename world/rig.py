@@ -17,7 +17,7 @@ from PIL import Image
 
 from ftdpp.readers.base import Array, euler, unit_rotation
 from ftdpp.world.cast import Camera, Picture, Pose, photo
-from ftdpp.world.scene import TABLES, WORLDS, Scene
+from ftdpp.world.scene import TABLES, WORLDS, Rng, Scene
 
 OPTICAL = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])  # from a camera's frame to the car's
 
@@ -27,6 +27,7 @@ class Shot:
     """One frame to write: a moment of a scene, and its place in the data set."""
 
     world: str
+    part: str  # train, val, test
     city: str
     key: tuple[int, ...]  # of the scene's randomness
     number: int  # of the frame in its scene; a frame a second
@@ -38,9 +39,25 @@ class Shot:
         """The street at this moment."""
         return Scene(self.world, self.city, self.key, self.travel, float(self.number))
 
-    def rng(self, sensor: int = 0) -> np.random.Generator:
+    def rng(self, sensor: int = 0) -> Rng:
         """The noise of one sensor of this frame; 0 is the camera."""
         return np.random.default_rng([*self.key, 2, self.number, sensor])
+
+    def ego_pose(self, scene: Scene, later: float = 0.0) -> tuple[Array, Array]:
+        """Position and quaternion in the scene of the car, `later` seconds after the moment."""
+        time = self.number + later
+        x = scene.speed * time
+        y = float(scene.centre(x)) + scene.city.side * scene.lane / 2
+        phase = np.random.default_rng([*self.key, 1]).uniform(0, 6.28, 3)
+        swings = zip((0.012, 0.007, 0.006), (0.9, 2.1, 1.7), phase, strict=True)
+        yaw, pitch, roll = (size * math.sin(rate * time + start) for size, rate, start in swings)
+        return np.array([x, y, 0.0]), euler(scene.heading(x) + yaw, pitch, roll)
+
+    def pose(self, scene: Scene, position: Any, turn: Array, later: float = 0.0) -> Pose:
+        """The pose in the scene of a sensor at `position` (3,) on the car, turned by (3, 3)."""
+        at, quaternion = self.ego_pose(scene, later)
+        rotation = unit_rotation(quaternion)
+        return at + rotation @ position, rotation @ turn
 
 
 class Layout(ABC):
@@ -62,8 +79,7 @@ class Layout(ABC):
 
     def files(self, shot: Shot) -> tuple[str, ...]:
         """The files of a frame, below the root."""
-        part = next(part for part, places in self.parts.items() if shot.place in places)
-        words = {"part": part, "stamp": shot.place.replace("_", ""), "count": shot.index + 1}
+        words = {"stamp": shot.place.replace("_", ""), "count": shot.index + 1}
         return tuple(file.format(**vars(shot), **words) for file in self.row["files"])
 
     @abstractmethod
@@ -75,28 +91,11 @@ class Layout(ABC):
         return {}
 
     def camera_pose(self, shot: Shot, scene: Scene) -> Pose:
-        return mounted(ego_pose(scene, shot), np.array(self.row["eye"]), OPTICAL)
+        return shot.pose(scene, self.row["eye"], OPTICAL)
 
     def look(self, shot: Shot, scene: Scene) -> Picture:
         """What the camera of a frame sees, undistorted."""
         return photo(scene, self.camera, self.camera_pose(shot, scene), shot.rng())
-
-
-def ego_pose(scene: Scene, shot: Shot, later: float = 0.0) -> tuple[Array, Array]:
-    """Where the car is `later` seconds after the moment: position and quaternion in the scene."""
-    time = shot.number + later
-    x = scene.speed * time
-    y = float(scene.centre(x)) + scene.city.side * scene.lane / 2
-    phase = np.random.default_rng([*shot.key, 1]).uniform(0, 6.28, 3)
-    swings = zip((0.012, 0.007, 0.006), (0.9, 2.1, 1.7), phase, strict=True)
-    yaw, pitch, roll = (size * math.sin(rate * time + start) for size, rate, start in swings)
-    return np.array([x, y, 0.0]), euler(scene.heading(x) + yaw, pitch, roll)
-
-
-def mounted(ego: tuple[Array, Array], position: Array, turn: Array) -> Pose:
-    """The pose in the scene of a sensor at `position`, turned by (3, 3) `turn`, on the car."""
-    rotation = unit_rotation(ego[1])
-    return ego[0] + rotation @ position, rotation @ turn
 
 
 def saved(save: Callable[..., Any], **options: Any) -> bytes:

@@ -1,23 +1,25 @@
-"""Writes the street world in the layouts of SemanticKITTI, Virtual KITTI 1.3.1 and A2D2."""
+"""Writes the street world in the layouts of all data sets but nuScenes: first those with points."""
 
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from collections.abc import Iterator
 from functools import cache
 from typing import ClassVar
 
 import numpy as np
+from PIL import Image
 
 from ftdpp.readers import a2d2, semantic_kitti, virtual_kitti
 from ftdpp.readers.base import Array, euler, unit_rotation
-from ftdpp.world import rig
 from ftdpp.world.cast import Camera, Lidar, Pose, sweep
-from ftdpp.world.rig import Shot
+from ftdpp.world.rig import Layout, Shot, png, saved
 from ftdpp.world.scene import TABLES, Scene
 
 
-class SemanticKitti(rig.Layout):
+class SemanticKitti(Layout):
     """64 beams in two blocks, as a Velodyne HDL-64 has them, and KITTI's camera.
 
     That LiDAR has 2,083 columns; ours half of them, so that a frame has about 7,000 points in the
@@ -33,20 +35,19 @@ class SemanticKitti(rig.Layout):
 
     def camera_pose(self, shot: Shot, scene: Scene) -> Pose:
         eye = self.lidar_at - self.turn.T @ (self.shift + self.aside)  # of camera 2
-        return rig.mounted(rig.ego_pose(scene, shot), eye, self.turn.T)
+        return shot.pose(scene, eye, self.turn.T)
 
     def contents(self, shot: Shot, scene: Scene) -> Iterator[bytes]:
-        pose = rig.mounted(rig.ego_pose(scene, shot), self.lidar_at, np.eye(3))
+        pose = shot.pose(scene, self.lidar_at, np.eye(3))
         points, labels = sweep(scene, self.lidar, pose, shot.rng(1))
         points[:, 3] /= 255
         yield points[:, :4].tobytes()
         yield self.IDS[labels].astype(np.uint32).tobytes()
-        yield rig.png(self.look(shot, scene).image)
+        yield png(self.look(shot, scene).image)
 
     def tables(self, shots: list[Shot]) -> dict[str, str]:
         k = self.camera.matrix
-        p2 = np.column_stack([k, k @ self.aside])
-        tr = np.column_stack([self.turn, self.shift])
+        p2, tr = np.column_stack([k, k @ self.aside]), np.column_stack([self.turn, self.shift])
         rows = (" ".join(f"{number:.12e}" for number in matrix.ravel()) for matrix in (p2, tr))
         calibration = "P2: {}\nTr: {}\n".format(*rows)
         return {f"sequences/{shot.place}/calib.txt": calibration for shot in shots}
@@ -57,7 +58,7 @@ FARTHEST = 120.0  # metres
 WEATHERS = TABLES["weathers"]
 
 
-class VirtualKitti(rig.Layout):
+class VirtualKitti(Layout):
     """Points are pixels with their depth, seen from the camera: x ahead, y to the left, z up."""
 
     parts: ClassVar = {"train": virtual_kitti.SEQUENCES}
@@ -72,9 +73,9 @@ class VirtualKitti(rig.Layout):
         up = -(row + 0.5 - camera.centre_v) / camera.focal * x
         colours, label = seen.image.reshape(-1, 3)[drawn].T, self.IDS[seen.label.ravel()[drawn]]
         points = np.stack([x, left, up, *colours, label], 1).astype(np.float32)
-        yield rig.saved(np.save, arr=points)
+        yield saved(np.save, arr=points)
         for weather in WEATHERS:
-            yield rig.png(relit(seen.image, seen.depth, weather))
+            yield png(relit(seen.image, seen.depth, weather))
 
 
 def relit(image: Array, depth: Array, weather: str) -> Array:
@@ -90,12 +91,11 @@ def relit(image: Array, depth: Array, weather: str) -> Array:
 
 
 A2D2 = TABLES["a2d2"]
-CAMERA = Camera(*TABLES["layouts"]["a2d2"]["camera"])  # of undistorted images
 FRONT = A2D2["calibration"]["cameras"]["front_center"]
 LENS, DISTORTION = FRONT["CamMatrixOriginal"][0][0], FRONT["Distortion"][0][0]  # focal, radial
 
 
-class A2d2(rig.Layout):
+class A2d2(Layout):
     """Front camera, at a quarter of its size, and lidars: Velodyne VLP-16s, 16 beams each.
 
     The lidar file holds what the front-centre camera sees, in that camera's view: x ahead, y to the
@@ -108,33 +108,31 @@ class A2d2(rig.Layout):
     parts = a2d2.DRIVES
 
     def contents(self, shot: Shot, scene: Scene) -> Iterator[bytes]:
-        points = self._points(shot, scene)
+        points, camera = self._points(shot, scene), self.camera
         x, y, z = points[:, :3].T
-        row, col = CAMERA.centre_v - CAMERA.focal * z / x, CAMERA.centre_u - CAMERA.focal * y / x
-        seen = (row >= 0) & (row < CAMERA.height - 1) & (col >= 0) & (col < CAMERA.width - 1)
+        row, col = camera.centre_v - camera.focal * z / x, camera.centre_u - camera.focal * y / x
+        seen = (row >= 0) & (row < camera.height - 1) & (col >= 0) & (col < camera.width - 1)
         seen &= x > 0
         points, row, col = points[seen], row[seen], col[seen]
         x, y, _, reflectance, lidar = points.T
         polar = {"distance": np.linalg.norm(points[:, :3], axis=1), "azimuth": np.arctan2(y, x)}
         place = {"points": points[:, :3], "row": row, "col": col, "depth": x, **polar}
         measured = {"reflectance": reflectance, "lidar_id": lidar.astype(np.int64)}
-        yield rig.saved(np.savez, **place, **measured)
+        yield saved(np.savez, **place, **measured)
         picture = self.look(shot, scene)
-        sources = tuple(np.rint(v).astype(int) for v in lens())
-        yield rig.png(self.colours[self.IDS[picture.label[sources]]])
-        yield rig.png(distort(picture.image))
+        sources = tuple(np.rint(v).astype(int) for v in lens(camera))
+        yield png(self.colours[self.IDS[picture.label[sources]]])
+        yield png(distorted(picture.image, camera))
 
     def _points(self, shot: Shot, scene: Scene) -> Array:
         """(M, 5): x, y, z in the camera's view, intensity, number of the lidar."""
-        ego = rig.ego_pose(scene, shot)
-        at, view = rig.mounted(ego, np.array(self.row["eye"]), np.eye(3))
+        at, view = shot.pose(scene, self.row["eye"], np.eye(3))
         parts = []
         for number, (name, angles) in enumerate(A2D2["angles"].items()):
-            turn = unit_rotation(euler(*np.radians(angles)))
-            position = np.array(A2D2["calibration"]["lidars"][name]["view"]["origin"])
-            origin, rotation = rig.mounted(ego, position, turn)
-            points, _ = sweep(scene, self.lidar, (origin, rotation), shot.rng(1 + number))
-            seen = (points[:, :3] @ rotation.T + origin - at) @ view
+            position = A2D2["calibration"]["lidars"][name]["view"]["origin"]
+            pose = shot.pose(scene, position, unit_rotation(euler(*np.radians(angles))))
+            points, _ = sweep(scene, self.lidar, pose, shot.rng(1 + number))
+            seen = (points[:, :3] @ pose[1].T + pose[0] - at) @ view
             parts.append(np.column_stack([seen, points[:, 3], np.full(len(seen), number)]))
         return np.concatenate(parts)
 
@@ -144,24 +142,92 @@ class A2d2(rig.Layout):
 
 
 @cache
-def lens() -> tuple[Array, Array]:
+def lens(camera: Camera) -> tuple[Array, Array]:
     """Row and column (H, W) in the undistorted image of each pixel of the distorted one."""
-    row, col = np.mgrid[: CAMERA.height, : CAMERA.width].astype(np.float64)
-    x, y = (col - CAMERA.centre_u) / LENS, (row - CAMERA.centre_v) / LENS
+    row, col = np.mgrid[: camera.height, : camera.width]
+    x, y = (col - camera.centre_u) / LENS, (row - camera.centre_v) / LENS
     free = far = np.hypot(x, y)
     for _ in range(8):  # far = free * (1 + DISTORTION * free**2), solved for free
         free = far / (1 + DISTORTION * free**2)
-    scale = CAMERA.focal * free / np.maximum(far, 1e-9)
-    row, col = scale * y + CAMERA.centre_v, scale * x + CAMERA.centre_u
-    return row.clip(0, CAMERA.height - 1), col.clip(0, CAMERA.width - 1)
+    scale = camera.focal * free / np.maximum(far, 1e-9)
+    row, col = scale * y + camera.centre_v, scale * x + camera.centre_u
+    return row.clip(0, camera.height - 1), col.clip(0, camera.width - 1)
 
 
-def distort(image: Array) -> Array:
+def distorted(image: Array, camera: Camera) -> Array:
     """What the lens makes of an undistorted image (H, W, 3) u8, with linear interpolation."""
-    row, col = lens()
-    top = np.minimum(row.astype(int), CAMERA.height - 2)
-    left = np.minimum(col.astype(int), CAMERA.width - 2)
+    row, col = lens(camera)
+    top = np.minimum(row.astype(int), camera.height - 2)
+    left = np.minimum(col.astype(int), camera.width - 2)
     down, right = (row - top)[..., None], (col - left)[..., None]
-    upper = image[top, left] * (1 - right) + image[top, left + 1] * right
-    lower = image[top + 1, left] * (1 - right) + image[top + 1, left + 1] * right
+    upper, lower = (
+        image[at, left] * (1 - right) + image[at, left + 1] * right for at in (top, top + 1)
+    )
     return np.rint(upper * (1 - down) + lower * down).astype(np.uint8)
+
+
+STEREO = TABLES["cityscapes"]["calibration"]
+
+
+class Cityscapes(Layout):
+    """Disparity as a stereo camera measures it: noisy, with holes, none in the sky.
+
+    A pixel holds 256 times the disparity in pixels, plus 1; 0 where it is unknown.
+    """
+
+    parts = TABLES["cityscapes"]["parts"]
+
+    def contents(self, shot: Shot, scene: Scene) -> Iterator[bytes]:
+        picture, rng = self.look(shot, scene), shot.rng(1)
+        yield png(self.IDS[picture.label])
+        pixels = STEREO["extrinsic"]["baseline"] * self.camera.focal / picture.depth
+        pixels = pixels + rng.normal(0, 0.06, pixels.shape)
+        # Matching fails in patches, and beside what hides a part of the scene from one camera.
+        height, width = pixels.shape
+        coarse = Image.fromarray(rng.standard_normal((height // 12, width // 12), np.float32))
+        holes = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)) > 1.9
+        hidden = np.abs(np.diff(pixels, axis=1, append=pixels[:, -1:])) > 1
+        known = np.isfinite(picture.depth) & (pixels > 0) & (pixels < 255) & ~holes & ~hidden
+        yield png(np.where(known, np.rint(pixels * 256 + 1), 0).astype(np.uint16))
+        yield json.dumps(STEREO, indent=1).encode()
+        yield png(picture.image)
+
+
+class Gta5(Layout):
+    """Images, and labels with a palette."""
+
+    def contents(self, shot: Shot, scene: Scene) -> Iterator[bytes]:
+        picture = self.look(shot, scene)
+        palette = bytearray(768)
+        for row in TABLES["labels"].values():
+            palette[3 * row[3] : 3 * row[3] + 3] = bytes.fromhex(row[-1])
+        coded = Image.fromarray(self.IDS[picture.label])
+        coded.putpalette(bytes(palette))
+        yield png(coded)
+        yield png(picture.image)
+
+
+class Synthia(Layout):
+    """Perfect depth, in centimetres; the sky lies as far as 16 bits reach."""
+
+    def contents(self, shot: Shot, scene: Scene) -> Iterator[bytes]:
+        picture = self.look(shot, scene)
+        classes = self.IDS[picture.label]
+        centimetres = np.rint(np.minimum(picture.depth, 655.35) * 100)
+        yield _rgb16(np.stack([classes, 0 * classes, 0 * classes], 2))
+        yield _rgb16(np.stack([centimetres] * 3, 2))
+        yield png(picture.image)
+
+
+def _rgb16(channels: Array) -> bytes:
+    """A PNG of 16-bit RGB from whole numbers (H, W, 3), which Pillow cannot write."""
+    height, width = channels.shape[:2]
+    rows = np.zeros((height, 1 + 6 * width), np.uint8)  # the first byte: no filter
+    rows[:, 1:] = channels.astype(">u2").view(np.uint8).reshape(height, -1)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    out = b"\x89PNG\r\n\x1a\n"
+    chunks = {b"IHDR": header, b"IDAT": zlib.compress(rows.tobytes(), 2), b"IEND": b""}
+    for kind, content in chunks.items():
+        check = struct.pack(">I", zlib.crc32(kind + content))
+        out += struct.pack(">I", len(content)) + kind + content + check
+    return out
