@@ -229,26 +229,6 @@ def _pixel_rays(camera: Camera, u: Array, v: Array) -> tuple[Array, Array]:
     return local.astype(np.float32).reshape(3, -1), cosine.astype(np.float32)
 
 
-def _cast_camera(scene: Scene, camera: Camera, pose: Pose) -> tuple[Rays, Array]:
-    """A ray through each pixel's centre, and its cosine (H, W) to the axis."""
-    shape = camera.height, camera.width
-    v, u = np.meshgrid(*[np.arange(n) + 0.5 for n in shape], indexing="ij")
-    local, cosine = _pixel_rays(camera, u, v)
-    corners = (scene.corners - pose[0]) @ pose[1]
-    aside, z = camera.focal * corners[..., 1::-1], corners[..., 2:]
-    centre = camera.centre_v, camera.centre_u
-    seen = aside / np.maximum(z, 0.1) + centre - 0.5  # (P, 8, 2), row and column
-    # Of a primitive that the image plane cuts, all corners count as if on a plane close by: that
-    # bounds what is cut off.
-    close = np.where(z.min(1, keepdims=True) < 0.1, aside / 0.1 + centre, seen)
-    high = np.where(z.max(1) > 0.1, np.maximum(seen, close).max(1) + 0.01, -9)
-    bounds = _bounds(np.minimum(seen, close).min(1) - 0.01, high, shape)
-    rays = Rays(scene, pose, local)
-    rays.meet_all(bounds, np.arange(cosine.size).reshape(shape))
-    rays.meet_ground()
-    return rays, cosine
-
-
 def _cast_lidar(scene: Scene, lidar: Lidar, pose: Pose) -> Rays:
     """A ray for each beam and column."""
     elevation, (begin, end) = lidar.elevations, lidar.azimuth
@@ -590,14 +570,28 @@ class Shader:
 
 
 def photo(scene: Scene, camera: Camera, pose: Pose, rng: Rng) -> Picture:
-    """What the camera sees."""
-    rays, cosine = _cast_camera(scene, camera, pose)
+    """What the camera sees: a ray goes through each pixel's centre, more through those at edges."""
+    shape = camera.height, camera.width
+    v, u = np.meshgrid(*[np.arange(n) + 0.5 for n in shape], indexing="ij")
+    local, cosine = _pixel_rays(camera, u, v)
+    corners = (scene.corners - pose[0]) @ pose[1]
+    aside, z = camera.focal * corners[..., 1::-1], corners[..., 2:]
+    centre = camera.centre_v, camera.centre_u
+    seen = aside / np.maximum(z, 0.1) + centre - 0.5  # (P, 8, 2), row and column
+    # Of a primitive that the image plane cuts, all corners count as if on a plane close by: that
+    # bounds what is cut off.
+    close = np.where(z.min(1, keepdims=True) < 0.1, aside / 0.1 + centre, seen)
+    high = np.where(z.max(1) > 0.1, np.maximum(seen, close).max(1) + 0.01, -9)
+    bounds = _bounds(np.minimum(seen, close).min(1) - 0.01, high, shape)
+    rays = Rays(scene, pose, local)
+    rays.meet_all(bounds, np.arange(cosine.size).reshape(shape))
+    rays.meet_ground()
     shader = Shader(scene, pose)
     radiance, label = shader.radiance(rays)
-    radiance = radiance.reshape(*cosine.shape, 3)
+    radiance = radiance.reshape(*shape, 3)
     shader.smooth_edges(camera, rays, radiance)
-    depth = rays.distance.reshape(cosine.shape) * cosine
-    return Picture(_develop(scene, radiance, rng), label.reshape(cosine.shape), depth)
+    depth = rays.distance.reshape(shape) * cosine
+    return Picture(_develop(scene, radiance, rng), label.reshape(shape), depth)
 
 
 def _develop(scene: Scene, radiance: Array, rng: Rng) -> Array:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -32,10 +32,7 @@ class NuScenes(Layout):
         return [(city, f"scene-{name}") for turn in turns for city, name in turn]
 
     def files(self, shot: Shot) -> tuple[str, ...]:
-        """Of each sensor, then the labels."""
-        stems = {c: f"{c}/{_log(shot)}__{c}__{_timestamp(shot, c)}" for c in SENSORS}
-        samples = (f"samples/{stem}.{SENSORS[c]['suffix']}" for c, stem in stems.items())
-        return *samples, f"lidarseg/v1.0-trainval/{_data_token(shot, 'LIDAR_TOP')}_lidarseg.bin"
+        return _names(shot).files
 
     def camera_pose(self, shot: Shot, scene: Scene) -> Pose:
         return _pose(shot, scene, "CAM_FRONT")
@@ -64,30 +61,29 @@ class NuScenes(Layout):
 
     def _add_scene(self, add: Callable[..., None], shots: list[Shot]) -> None:
         """All frames of one scene. `add` takes a table and a row's values by column."""
-        first = shots[0]
-        names, scene, city = (*first.key, first.place), first.scene(), CITIES[first.city]
-        log, token = _token(*names, "log"), _token(*names, "scene")
-        samples = [_token(*names, "sample", shot.number) for shot in shots]
+        first, named = shots[0], [_names(shot) for shot in shots]
+        key, scene, city = (*first.key, first.place), first.scene(), CITIES[first.city]
+        log, token = _token(*key, "log"), _token(*key, "scene")
+        samples = [_token(*key, "sample", shot.number) for shot in shots]
         location = city.locations[first.key[-1] % len(city.locations)]
-        add("log", log, city.vehicle, location, _log(first), f"{_begin(first):%Y-%m-%d}")
+        add("log", log, city.vehicle, location, named[0].log, named[0].date)
         told = len(shots), WORLDS[first.world].description
         add("scene", token, first.place, log, samples[0], samples[-1], *told)
-        for shot, sample, chain in zip(shots, samples, _chain(samples), strict=True):
-            lidar = _data_token(shot, "LIDAR_TOP")
-            add("sample", sample, _timestamp(shot, "LIDAR_TOP"), token, *chain)
-            add("lidarseg", lidar, lidar, self.files(shot)[-1])
+        for names, sample, chain in zip(named, samples, _chain(samples), strict=True):
+            lidar = names.tokens["LIDAR_TOP"]
+            add("sample", sample, names.times["LIDAR_TOP"], token, *chain)
+            add("lidarseg", lidar, lidar, names.files[-1])
         # Each street lies elsewhere in the city, and turned.
         turn, east, north = np.random.default_rng([*first.key, 3]).uniform(0, 1, 3)
         street = euler(6.28 * turn)
         corner = np.array([300 + 1200 * east, 300 + 1200 * north, 0.0])
         for number, (channel, sensor) in enumerate(SENSORS.items()):
-            calibration, kind = _token(*names, "calibration", channel), _token("sensor", channel)
+            calibration, kind = _token(*key, "calibration", channel), _token("sensor", channel)
             mount = _mount(first.city, channel)
             add("calibrated_sensor", calibration, *mount, kind, sensor["intrinsic"])
-            tokens = [_data_token(shot, channel) for shot in shots]
-            frames = zip(shots, samples, tokens, _chain(tokens), strict=True)
-            for shot, sample, data, chain in frames:
-                time, file = _timestamp(shot, channel), self.files(shot)[number]
+            chains = _chain([names.tokens[channel] for names in named])
+            for shot, names, sample, chain in zip(shots, named, samples, chains, strict=True):
+                data, time, file = names.tokens[channel], names.times[channel], names.files[number]
                 belongs = sample, calibration, True
                 add("sample_data", data, time, data, file, *belongs, *chain, *sensor["format"])
                 at, turned = shot.ego_pose(scene, -sensor["early"] / 1e6)
@@ -108,30 +104,32 @@ def _pose(shot: Shot, scene: Scene, channel: str) -> Pose:
     return shot.pose(scene, translation, unit_rotation(quaternion), later)
 
 
-def _begin(shot: Shot) -> datetime:
-    """When a scene was recorded, as it were: no two begin together."""
+class _Names(NamedTuple):
+    """What the tables call a frame."""
+
+    log: str
+    date: str
+    times: dict[str, int]  # channel -> microseconds
+    tokens: dict[str, str]  # channel -> token of its sample_data
+    files: tuple[str, ...]  # of each sensor, then the labels
+
+
+def _names(shot: Shot) -> _Names:
+    # When the scene was recorded, as it were: no two begin together.
+    later, day = divmod(int(shot.place.removeprefix("scene-")), 90)
     zone = timezone(timedelta(hours=8 if shot.city == "singapore" else -4))
-    scene = int(shot.place.removeprefix("scene-"))
-    later = timedelta(days=scene % 90, minutes=7 * (scene // 90))
-    return datetime(2018, 7, 1, 20 if shot.world == "night" else 10, tzinfo=zone) + later
-
-
-def _timestamp(shot: Shot, channel: str) -> int:
-    """Microseconds."""
-    return (int(_begin(shot).timestamp()) + shot.number) * 1_000_000 - SENSORS[channel]["early"]
-
-
-def _log(shot: Shot) -> str:
-    return f"{CITIES[shot.city].vehicle}-{_begin(shot):%Y-%m-%d-%H-%M-%S%z}"
+    begin = datetime(2018, 7, 1, 20 if shot.world == "night" else 10, tzinfo=zone)
+    begin += timedelta(days=day, minutes=7 * later)
+    log, second = f"{CITIES[shot.city].vehicle}-{begin:%Y-%m-%d-%H-%M-%S%z}", int(begin.timestamp())
+    times = {c: (second + shot.number) * 1_000_000 - SENSORS[c]["early"] for c in SENSORS}
+    tokens = {c: _token(*shot.key, shot.place, shot.number, c) for c in SENSORS}
+    samples = (f"samples/{c}/{log}__{c}__{times[c]}.{SENSORS[c]['suffix']}" for c in SENSORS)
+    labels = f"lidarseg/v1.0-trainval/{tokens['LIDAR_TOP']}_lidarseg.bin"
+    return _Names(log, f"{begin:%Y-%m-%d}", times, tokens, (*samples, labels))
 
 
 def _token(*parts: object) -> str:
     return hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=16).hexdigest()
-
-
-def _data_token(shot: Shot, channel: str) -> str:
-    """Of the sample_data of one sensor."""
-    return _token(*shot.key, shot.place, shot.number, channel)
 
 
 def _chain(tokens: list[str]) -> list[tuple[str, str]]:
