@@ -355,7 +355,8 @@ def _tree(scene: Scene, base: Pose, rng: Rng) -> None:
         turned = (*base[:3], base[3] + k * 0.898 + trunk)
         at, size = (1.0, 0, 2 * middle + 0.1), (1.2, 0.22, 0.32)
         if not palm:
-            out, width, rise = rng.uniform((0.4, 0.42, 0.45), (0.62, 0.62, 1.5))
+            draw = rng.uniform
+            out, width, rise = draw(0.4, 0.62), draw(0.42, 0.62), draw(0.45, 1.5)
             if k == 0:
                 out, width, rise = 0.0, 0.65, 1.2
             at = (radius * out, 0, trunk + half_height * rise)
