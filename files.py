@@ -8,7 +8,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -60,32 +60,49 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
 
 
+def _alone(path: Path) -> IO[bytes]:
+    """A temporary file, empty, and locked: another process that writes it has come to its end."""
+    while True:
+        file = _opened_lock(path)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                file.truncate()
+                return file
+        file.close()  # renamed while this one waited
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`. What was written there takes its name at the end.
 
-    A reader sees the old file or the new one, never a half; after an error the old one stays.
+    A reader sees the old file or the new one, never a half; after an error the old one stays. What
+    a killed process left is taken over when the file is written again: the temporary path has one
+    name for all processes, on all machines, and is locked.
     """
     if path.exists() and not path.is_file():
         raise OSError(
             errno.EINVAL, "is a folder, a pipe or a device, and is not replaced", str(path)
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # some libraries write for the owner alone
-        os.replace(temporary, path)
+        with _alone(temporary):
+            try:
+                yield temporary
+                with temporary.open("rb+") as file:
+                    os.fsync(file.fileno())
+                mask = os.umask(0)
+                os.umask(mask)
+                temporary.chmod(0o666 & ~mask)  # some libraries write for the owner alone
+                os.replace(temporary, path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
     except OSError as error:
         if error.filename is None or str(temporary) == error.filename:  # a full disk names nothing
             error.filename = str(path)
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def regular(path: Path) -> Path:

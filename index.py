@@ -1,4 +1,4 @@
-"""The prepared index: the frames of a split, projected once, in flat memory-mapped files.
+"""The prepared index: the frames of a split, projected once, in flat files.
 
 `prepare` reads the frames of a split, keeps the points that fall into the image (of a dense data
 set every pixel), resizes the image and writes all; `Index.frame` reads one frame back. `few_labels`
@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -24,6 +25,7 @@ import numpy as np
 from msgspec import Meta
 from PIL import Image
 
+from ftdpp import files
 from ftdpp.data import CLASS_SETS, UNLABELLED, Frame, class_table
 from ftdpp.files import Progress, locked
 from ftdpp.readers import (
@@ -44,6 +46,7 @@ from ftdpp.readers.base import regular, require_known, why
 FORMAT = 2  # version of the prepared index; a change makes old ones stale
 FAR = 1000.0  # metres: no LiDAR sees so far, and one such point would leave the grid to itself
 CHUNK = 32  # frames between two checkpoints of `prepare`
+_JOURNAL = "progress.jsonl"  # of a `prepare` that is not at its end
 
 Count = Annotated[int, Meta(ge=0)]
 
@@ -125,11 +128,16 @@ def _frame_sha(frame: Frame) -> str:
     return _sha(frame.token, list(frame.image.shape), *content)
 
 
-class Index:
-    """A prepared split: memory-mapped flat arrays (raw bytes) and a JSON file.
+def _close(descriptors: dict[str, int]) -> None:
+    for descriptor in descriptors.values():
+        os.close(descriptor)
 
-    Holds no data in memory. Frames without a point in the image are not in it. Raises DataError if
-    the folder is incomplete or damaged.
+
+class Index:
+    """A prepared split: flat arrays (raw bytes) and a JSON file.
+
+    Holds the files open and no data in memory. Frames without a point in the image are not in it.
+    Raises DataError if the folder is incomplete or damaged.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -146,7 +154,8 @@ class Index:
         self.tokens = [record["token"] for record in self._records]
         self._ends = _ends(self._records)
         self._seen = bytearray(len(self.tokens))  # frames whose digest was compared
-        self._maps: dict[str, Array] = {}
+        self._open: dict[str, int] = {}  # descriptors: a file that is replaced stays what it was
+        weakref.finalize(self, _close, self._open)
         for name, ends in self._ends.items():
             file = self._file(name)
             size = stamp(file)[1]
@@ -154,15 +163,14 @@ class Index:
                 raise DataError(
                     f"{file}: damaged, {size} bytes, expected {ends[-1]}; prepare the data again"
                 )
-            # An empty file cannot be mapped.
-            self._maps[name] = np.memmap(file, np.uint8, "r") if size else np.empty(0, np.uint8)
+            self._open[name] = os.open(file, os.O_RDONLY)
 
     def _file(self, name: str) -> Path:
         """The flat file of an array."""
         return self.path / f"{name}.bin"
 
     def __reduce__(self) -> tuple[type[Index], tuple[Path]]:
-        # A loading process maps the files itself; the arrays would travel whole.
+        # A loading process opens the files itself.
         return type(self), (self.path,)
 
     def __len__(self) -> int:
@@ -175,7 +183,7 @@ class Index:
         return _title(i["domain"], i["split"], i["frames"])
 
     def frame(self, i: int) -> Frame:
-        """Frame i; its arrays are read-only views of the files.
+        """Frame i; its arrays are read-only.
 
         Its digest is compared when a process first reads it: damaged data looks like any other.
 
@@ -186,8 +194,7 @@ class Index:
         record = self._records[i]
         arrays = {}
         for name, shape in _shapes(record).items():
-            content = self._maps[name][slice(*self._ends[name][i : i + 2])]
-            arrays[name] = content.view(_TYPES[name]).reshape(shape)
+            arrays[name] = np.ndarray(shape, _TYPES[name], self._read(name, i))
         if record["dense"]:
             del arrays["xyz"], arrays["pixel"]
         if not record["depth"]:
@@ -200,6 +207,22 @@ class Index:
             )
         self._seen[i] = 1
         return frame
+
+    def _read(self, name: str, i: int) -> bytes:
+        """The bytes of an array of frame i. A memory map of a file that is cut off meanwhile would
+        end the process without a word."""
+        begin, end = self._ends[name][i : i + 2]
+        try:
+            content = os.pread(self._open[name], end - begin, begin)
+            found = f"has no {end} bytes any more"
+        except OSError as error:  # of a disk, or a network
+            content, found = b"", str(error.strerror)
+        if len(content) != end - begin:
+            file = self._file(name)
+            raise DataError(
+                f"{file}: {found}; remove {file.parent}, and the data is prepared again"
+            )
+        return content
 
     def rows(self) -> Array:
         """Points or pixels of each frame, i64 (F,)."""
@@ -554,18 +577,19 @@ def prepare(
             tell(0, len(refs), f"building again, {why}")
             shutil.rmtree(final)
         partial = final.with_name(final.name + ".partial")
-        records = _write(partial, identity, refs, table, size, tell)
-        fingerprint = _fingerprint(records, identity, root, stamps)
-        if not fingerprint["frames"]:
-            raise DataError(
-                f"{root}: no point of {plural(len(refs), 'frame')} lies in its image; "
-                "the calibration does not fit"
-            )
-        meta = {"identity": identity, "fingerprint": fingerprint, "frames": records}
-        (partial / "meta.json").write_text(json.dumps(meta))
+        if _stale(partial, identity):
+            records = _write(partial, identity, refs, table, size, tell)
+            fingerprint = _fingerprint(records, identity, root, stamps)
+            if not fingerprint["frames"]:
+                raise DataError(
+                    f"{root}: no point of {plural(len(refs), 'frame')} lies in its image; "
+                    "the calibration does not fit"
+                )
+            meta = {"identity": identity, "fingerprint": fingerprint, "frames": records}
+            files.write(partial / "meta.json", json.dumps(meta).encode())
+        # Whole from here on: what a kill leaves is taken as it is.
+        (partial / _JOURNAL).unlink(missing_ok=True)
         os.replace(partial, final)
-        # Only now: a kill just before the rename loses nothing.
-        (final / "progress.jsonl").unlink()
         return Index(final)
 
 
@@ -588,10 +612,10 @@ def _stale(final: Path, identity: dict[str, Any], kind: type[Index] = Index) -> 
 def _resume(partial: Path, identity: dict[str, Any]) -> list[Record]:
     """Make `partial` ready to append to; returns the records of the frames that are in it.
 
-    progress.jsonl holds the identity, then a line a frame. The lines of a chunk are written after
+    The journal holds the identity, then a line a frame. The lines of a chunk are written after
     its data has reached the disk, so what lies behind the last line's data is cut off.
     """
-    journal = partial / "progress.jsonl"
+    journal = partial / _JOURNAL
     records: list[Record] = []
     try:
         first, *lines = journal.read_bytes().split(b"\n")[:-1]  # a torn last one has no newline
@@ -605,7 +629,8 @@ def _resume(partial: Path, identity: dict[str, Any]) -> list[Record]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         records, ends = [], dict.fromkeys(ends, 0)
-    journal.write_text("".join(json.dumps(line) + "\n" for line in (identity, *records)))
+    content = "".join(json.dumps(line) + "\n" for line in (identity, *records))
+    files.write(journal, content.encode())
     for path, end in ends.items():
         with path.open("ab") as file:
             file.truncate(end)
@@ -626,18 +651,18 @@ def _write(
     records = _resume(partial, identity)
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(min(8, os.cpu_count() or 1)))
-        journal = stack.enter_context((partial / "progress.jsonl").open("a"))
-        files = {name: stack.enter_context((partial / f"{name}.bin").open("ab")) for name in _TYPES}
+        journal = stack.enter_context((partial / _JOURNAL).open("a"))
+        flat = {name: stack.enter_context((partial / f"{name}.bin").open("ab")) for name in _TYPES}
         for start in range(len(records), len(refs), CHUNK):
             tell(start, len(refs), f"preparing {what}")
             chunk = refs[start : start + CHUNK]
             for frame, _, _, dropped in pool.map(lambda ref: read_frame(ref, table, size), chunk):
                 if frame.rows:
-                    for name, file in files.items():
+                    for name, file in flat.items():
                         if (array := getattr(frame, name)) is not None:
                             file.write(np.ascontiguousarray(array).tobytes())
                 records.append(_record(frame, dropped, classes))
-            for file in files.values():
+            for file in flat.values():
                 file.flush()
                 os.fsync(file.fileno())
             journal.write("".join(json.dumps(record) + "\n" for record in records[start:]))

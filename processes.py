@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +29,11 @@ def _die_with_parent() -> None:
 
 @contextmanager
 def in_processes(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
-    """A `map` by as many processes; by none beside this one where one is enough."""
+    """A `map` by as many processes; by none beside this one where one is enough.
+
+    Raises:
+        ChildProcessError: one of them was killed.
+    """
     if count < 2:
         yield map
         return
@@ -36,5 +42,8 @@ def in_processes(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
     pool = ProcessPoolExecutor(count, context, _die_with_parent)
     try:
         yield pool.map
+    except BrokenProcessPool:
+        why = "was killed, perhaps for lack of memory; the same command tries again"
+        raise ChildProcessError(errno.ECHILD, why, "a process that this one started") from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -241,9 +241,10 @@ class Run:
         return parallel.mean_terms(terms)
 
     def learning_rates(self) -> dict[str, float]:
-        """The rate of each parameter group, named by phase and number."""
+        """The rate of each parameter group in the last iteration, named by phase and number."""
+        rate = self.system.rate(self.iteration - 1)  # of a resumed run, no group has it yet
         return {
-            f"{phase}.{group.get('name', i)}": group["lr"]
+            f"{phase}.{group.get('name', i)}": group["initial_lr"] * rate
             for phase, optimizer in self.optimizers.items()
             for i, group in enumerate(optimizer.param_groups)
         }
@@ -430,8 +431,6 @@ def _fit(run: Run) -> Iterator[Step | Score]:
         yield Step(run.iteration, values, seconds, waited / seconds)
 
         ended = run.iteration == r.steps
-        if ended and run.val is None:
-            run.save(run.best_path)
         run.owed = run.val is not None and (ended or run.iteration % r.val_every == 0)
         stop = parallel.any_of(run.stop, device)  # all processes or none
         if run.owed or ended or stop or run.iteration % r.save_every == 0:
@@ -445,6 +444,9 @@ def _fit(run: Run) -> Iterator[Step | Score]:
             )
         if run.owed:
             yield from _validate(run, val_log, begun)
+    # After the last checkpoint, from which a run that was killed in between gets here again.
+    if run.val is None and not run.best_path.exists():
+        run.save(run.best_path)
 
 
 def check_finite(

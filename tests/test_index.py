@@ -265,6 +265,71 @@ def test_killed_prepare_goes_on(root: Path, tail: bytes, monkeypatch: pytest.Mon
     verify(index)
 
 
+def test_killed_between_the_last_frame_and_the_name(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is whole takes its name without being read again, and holds nothing more."""
+    whole = build(root, cache=root.parent / "whole")
+
+    def killed(*_: Any, **more: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build(root)
+    (partial,) = (root.parent / "cache").glob("*.partial")
+    assert (partial / "meta.json").exists() and (partial / "progress.jsonl").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(indexes, "read_frame", killed)
+        index = build(root)
+    assert contents(index.path) == contents(whole.path)
+    # ... but not where the data has changed meanwhile.
+    os.rename(index.path, partial)
+    os.utime(root / "samples/LIDAR_TOP/frame-0001.pcd.bin", ns=(1, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(indexes, "read_frame", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build(root)
+    assert contents(build(root).path).keys() == contents(whole.path).keys()
+    assert not list((root.parent / "cache").glob("*.partial"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["image", "label", "depth"])
+def test_a_file_that_is_cut_off_while_it_is_open(root: Path, name: str) -> None:
+    """A frame that was read before is read anew, and the process lives to say so."""
+    index = build(root)
+    last = len(index) - 1
+    for i in range(len(index)):
+        index.frame(i)
+    file = index.path / f"{name}.bin"
+    os.truncate(file, file.stat().st_size - 1)
+    index.frame(last - 1)
+    with pytest.raises(DataError, match=rf"{name}\.bin: has no \d+ bytes any more; remove") as info:
+        index.frame(last)
+    assert f"remove {index.path}, and the data is prepared again" in str(info.value)
+
+
+def test_an_open_index_stays_what_it_was(root: Path) -> None:
+    """Another process may build it anew meanwhile. And its files are closed at its end."""
+    index = build(root)
+    before = index.frame(0).image.copy()
+    shutil.rmtree(index.path)
+    index.path.mkdir()
+    (index.path / "image.bin").write_bytes(bytes(before.size))
+    np.testing.assert_array_equal(index.frame(0).image, before)
+    held = list(index._open.values())
+    assert len(held) == 5 and all(os.fstat(number) for number in held)
+    del index
+    for number in held:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(number)
+
+
 def test_frames_without_labels(tmp_path: Path) -> None:
     root = layouts.nuscenes(tmp_path / "nuscenes", labelled=False)
     index = build(root)

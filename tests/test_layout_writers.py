@@ -448,6 +448,12 @@ def interrupt(done: int, total: int, what: str) -> None:
         raise KeyboardInterrupt
 
 
+def partial_of(root: Path) -> Path:
+    """The one folder in which a world is built."""
+    [found] = root.parent.glob(f".{root.name}.*.partial")
+    return found
+
+
 def stats(root: Path) -> dict[str, tuple[int, int]]:
     """File below `root` -> inode and time of writing, of the frames' files."""
     found = {str(p.relative_to(root)): p.stat() for p in root.rglob("*") if p.is_file()}
@@ -462,10 +468,11 @@ def stats(root: Path) -> dict[str, tuple[int, int]]:
 def test_an_interrupted_build_is_resumed(
     pair: Pair, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, root, partial = build(pair), tmp_path / "w", tmp_path / ".w.partial"
+    whole, root = build(pair), tmp_path / "w"
     with pytest.raises(KeyboardInterrupt):
         layouts.write_world(root, *pair, counts(pair), workers=1, progress=interrupt)
     assert not root.exists()
+    partial = partial_of(root)
     before = stats(partial)
     assert before
     # A third frame was cut off: all its files are there but one, and that one half written.
@@ -476,7 +483,8 @@ def test_an_interrupted_build_is_resumed(
         (here / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(there / file, here / file)
     (here / last).parent.mkdir(parents=True, exist_ok=True)
-    (here / last).with_name(".half.png.1.tmp").write_bytes(b"half")
+    half = (here / last).with_name(f".{Path(last).name}.tmp")
+    half.write_bytes(b"half")
 
     rendered: list[rig.Shot] = []
     monkeypatch.setattr(layouts, "_write", recording(rendered, layouts._write))
@@ -504,11 +512,15 @@ def test_another_plan_starts_anew(tmp_path: Path) -> None:
     root, pair = tmp_path / "w", ("usa", "singapore")
     with pytest.raises(KeyboardInterrupt):
         layouts.write_world(root, *pair, counts(pair), workers=1, progress=interrupt)
-    before = stats(tmp_path / ".w.partial")
+    before = stats(partial_of(root))
+    others = [tmp_path / name for name in (".w.x.01234567.partial", ".v.01234567.partial")]
+    for other in others:
+        other.mkdir()
     layouts.write_world(root, *pair, dict.fromkeys(counts(pair), 1), seed=1, workers=1)
     after = stats(root)
     assert len(before) == 6 and len(after) == 12
     assert not set(before.values()) & set(after.values())
+    assert sorted(tmp_path.glob(".*.partial")) == sorted(others), "of worlds with other names"
     named = {row["filename"] for row in table(root, "sample_data") + table(root, "lidarseg")}
     assert named == {name for name in digest(root) if not name.endswith(".json")}
 
@@ -535,7 +547,7 @@ def test_a_killed_build_is_resumed(build: Build, tmp_path: Path) -> None:
         # The output ends when nobody holds it open: neither does a worker.
         process.communicate(timeout=60)
     # A frame's image is its last file.
-    left = stats(tmp_path / ".w.partial")
+    left = stats(partial_of(root))
     before = {name: stat for name, stat in left.items() if "/images/0" in name}
     assert before and not root.exists()
     layouts.write_world(root, *pair, counts(pair), workers=1)

@@ -7,13 +7,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import Result
 
-from ftdpp import checkpoint, files, pictures, readers, runs
+from ftdpp import checkpoint, files, pictures, processes, readers, runs, train
 from ftdpp.commands import shared
 from ftdpp.index import FAR, prepare, read_frame
 from ftdpp.tests import layouts
@@ -96,6 +98,89 @@ def test_messages_that_nobody_reads(
     process.stderr.close()
     assert process.wait(timeout=120) == 0
     assert same_bytes(finished, out)
+
+
+def test_a_killed_writer_s_file_is_taken_over(tmp_path: Path) -> None:
+    """Whatever process it was, on whatever machine. And a link of that name is not followed."""
+    path, left = tmp_path / "a", tmp_path / ".a.tmp"
+    left.write_bytes(b"half of something longer")
+    files.write(path, b"whole")
+    assert path.read_bytes() == b"whole" and os.listdir(tmp_path) == ["a"]
+    mine = tmp_path / "thesis.txt"
+    mine.write_bytes(b"mine")
+    left.symlink_to(mine)
+    with pytest.raises(OSError, match="symbolic"):
+        files.write(path, b"other")
+    assert mine.read_bytes() == b"mine" and path.read_bytes() == b"whole"
+
+
+def test_two_writers_of_a_file_take_turns(tmp_path: Path) -> None:
+    path, begun = tmp_path / "a", threading.Event()
+
+    def second() -> None:
+        begun.set()
+        files.write(path, b"second")
+
+    other = threading.Thread(target=second)
+    with files.replacing(path) as temporary:
+        other.start()
+        assert begun.wait(10)
+        other.join(0.2)
+        assert other.is_alive(), "it waits"
+        temporary.write_bytes(b"first")
+    other.join(10)
+    assert path.read_bytes() == b"second" and os.listdir(tmp_path) == ["a"]
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    files.write(path, b"old")
+
+    def fail() -> None:
+        with files.replacing(path) as temporary:
+            temporary.write_bytes(b"new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a"]
+
+
+def test_killed_between_the_last_two_checkpoints(
+    world: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without validation, best.safetensors is the last iteration's."""
+    domain = readers.domains()["singapore"]
+    tokens = ",".join(ref.token for ref in readers.list_frames(world, domain, "train")[:4])
+
+    def begin(name: str) -> Result:
+        more = ("--tgt-frames", tokens)
+        return ftd(*train_args(tmp_path / name, world, cache, *more, steps=1))
+
+    assert begin("whole").exit_code == 0
+    save, saved = train.Run.save, []
+
+    def killed(run: train.Run, path: Path) -> None:
+        saved.append(path.name)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        save(run, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "save", killed)
+        assert begin("killed").exit_code == 130
+    assert sorted(saved) == ["best.safetensors", "last.safetensors"]
+    resumed = ftd("train", "--resume", tmp_path / "killed")
+    assert resumed.exit_code == 0, resumed.output
+    assert same_bytes(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_killed_worker_is_said(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ChildProcessError, match=r"was killed, .* the same command tries again"),
+        processes.in_processes(2) as mapped,
+    ):
+        list(mapped(signal.raise_signal, [signal.SIGKILL]))
 
 
 def test_a_full_disk(finished: Path, tmp_path: Path) -> None:

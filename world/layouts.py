@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections import Counter
 from contextlib import suppress
@@ -103,26 +105,26 @@ def write_world(
 
     The files are built in a folder beside `root` that is renamed at the end: `root` is whole or
     absent. A build that was stopped leaves that folder; the next call with the same arguments goes
-    on there. Raises ValueError for a pair that is not in PAIRS and for counts out of range,
-    FileExistsError if `root` is not empty.
+    on there, one with others removes it. Raises ValueError for a pair that is not in PAIRS and for
+    counts out of range, FileExistsError if `root` is not empty.
     """
     sizes = sizes_of(source, target, frames or {})
     if seed < 0 or workers < 1:
         raise ValueError(f"seed is {seed} and workers {workers}, expected seed >= 0, workers >= 1")
-    partial, plan = root.with_name(f".{root.name}.partial"), [VERSION, source, target, sizes, seed]
-    # Tells one plan from another, and is gone from the finished world.
-    note, content = partial / "plan.json", json.dumps(plan).encode()
+    plan = json.dumps([VERSION, source, target, sizes, seed]).encode()
+    # The plan is in its name, not in a file of it: one rename finishes the world.
+    partial = root.with_name(f".{root.name}.{hashlib.sha256(plan).hexdigest()[:8]}.partial")
     shots = shots_of(source, target, sizes, seed)
     homes = roots(partial, *(shot.world for shot in shots))
-    with files.locked(partial):  # another process may write it while this one waits
+    with files.locked(root.with_name(f".{root.name}")):  # another process may write it meanwhile
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
             raise FileExistsError(
                 f"{root} exists and is not an empty folder: remove it or choose another place"
             )
-        if not note.exists() or note.read_bytes() != content:
-            if partial.exists():
-                shutil.rmtree(partial)
-            files.write(note, content)
+        of_a_plan = re.compile(rf"\.{re.escape(root.name)}\.[0-9a-f]{{8}}\.partial")
+        for other in root.parent.iterdir():
+            if of_a_plan.fullmatch(other.name) and other != partial:
+                shutil.rmtree(other)
         with in_processes(min(workers, len(shots))) as mapped:
             for done, _ in enumerate(mapped(_write, homes, shots), 1):
                 if progress:
@@ -131,10 +133,7 @@ def write_world(
             part = [shot for _, shot in own]
             for name, text in LAYOUTS[part[0].world].tables(part).items():
                 files.write(home / name, text.encode())
-        for stale in partial.rglob(".*.tmp"):  # of workers that were killed
-            stale.unlink()
         os.replace(partial, root)
-        (root / note.name).unlink()  # only now: a kill before the rename loses nothing
 
 
 def pair_of(src: str, tgt: str) -> tuple[str, str] | None:
