@@ -64,8 +64,8 @@ def prepare(
     cache: Cache = None,
     as_json: AsJson = False,
 ) -> None:
-    """Project, map labels, resize, and write the memory-mapped index. Training does this by itself
-    when it is missing."""
+    """Project, map labels, resize, and write the index. Training does this by itself when it is
+    missing."""
     from ftdpp import readers, screen
     from ftdpp.data import CLASS_SETS
     from ftdpp.index import prepare as write_index

@@ -3,6 +3,7 @@ process, a reader of the messages that goes away, a full disk. And files that ar
 
 from __future__ import annotations
 
+import csv
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from ftdpp import checkpoint, files, pictures, processes, readers, runs, train
 from ftdpp.commands import shared
 from ftdpp.index import FAR, prepare, read_frame
 from ftdpp.tests import layouts
-from ftdpp.tests.commands import ftd, same_bytes, train_args, words
+from ftdpp.tests.commands import ftd, same_bytes, stopped_in, train_args, words
 
 pytestmark = pytest.mark.usefixtures("on_a_cpu")
 
@@ -173,6 +174,26 @@ def test_killed_between_the_last_two_checkpoints(
     resumed = ftd("train", "--resume", tmp_path / "killed")
     assert resumed.exit_code == 0, resumed.output
     assert same_bytes(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_an_owed_validation_logs_the_rates_of_its_iteration(
+    finished: Path, world: Path, cache: Path, tmp_path: Path
+) -> None:
+    """The resumed process has taken no step that would have set them."""
+    out = tmp_path / "run"
+    with stopped_in(6):
+        assert ftd(*train_args(out, world, cache, *SAVES, steps=6)).exit_code == 130
+    assert ftd("train", "--resume", out).exit_code == 0
+    assert same_bytes(finished, out)
+    whole, resumed = (
+        [
+            {**row, "seconds": ""}
+            for row in csv.DictReader((run / "val.csv").read_text().splitlines())
+        ]
+        for run in (finished, out)
+    )
+    assert whole == resumed
+    assert len({row["lr all.0"] for row in whole}) == 2, "the milestone was passed"
 
 
 def test_a_killed_worker_is_said(tmp_path: Path) -> None:
