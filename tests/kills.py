@@ -177,12 +177,15 @@ COUNTED: tuple[tuple[Any, str], ...] = (
 
 def begin() -> None:
     """Puts the points into this process, and into those that it will start."""
-    for owner, name in COUNTED:
-        setattr(owner, name, counted(getattr(owner, name), name.strip("_")))
-    os.fsync = torn_at(os.fsync)  # type: ignore[assignment]
-    files.Log.flush = torn_append(files.Log.flush)  # type: ignore[method-assign]
-    compare._work = _work_counted
-    processes._die_with_parent = _worker_counted
+    replaced = [
+        *((owner, name, counted(getattr(owner, name), name.strip("_"))) for owner, name in COUNTED),
+        (os, "fsync", torn_at(os.fsync)),
+        (files.Log, "flush", torn_append(files.Log.flush)),
+        (compare, "_work", _work_counted),
+        (processes, "_die_with_parent", _worker_counted),
+    ]
+    for owner, name, function in replaced:
+        setattr(owner, name, function)
 
 
 _work, _die_with_parent = compare._work, processes._die_with_parent  # in a spawned process
@@ -296,7 +299,7 @@ def _jobs(base: Path) -> dict[str, Job]:
         return Job((*fixed, *more), run="run")
 
     dense = ("--src", "gta5", "--tgt", "cityscapes", "--src-data", str(base / "dense" / "gta5"))
-    dense = (*dense, "--tgt-data", str(base / "dense" / "cityscapes"), "--steps", "3")
+    roots = ("--tgt-data", str(base / "dense" / "cityscapes"), "--steps", "3")
     small = ("--set", "image=48,96", "--set", "crop=48,48", "--set", "batch=2")
     adapt = ("--from", str(base / "source"), "--tgt", "singapore", "--data", str(base / "world"))
     pairs = ("compare", *pair, "--preset", "small", *cpu, "--steps", "2", *TINY, "--out", "runs")
@@ -342,7 +345,7 @@ def _jobs(base: Path) -> dict[str, Job]:
             run="run",
         ),
         "ssda": trained("minent", *STEP, "--ssda"),
-        "images": Job(("train", *dense, *where, *small, "--set", "val_every=2"), run="run"),
+        "images": Job(("train", *dense, *roots, *where, *small, "--set", "val_every=2"), run="run"),
     }
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,50 +27,70 @@ def ran(*command: str) -> subprocess.CompletedProcess[str]:
 
 def test_what_a_killed_command_leaves_is_gone_on_with_to_the_same_bytes() -> None:
     only = [word for name in FEW for word in ("--only", name)]
-    found = ran("-m", "ftdpp.tests.kills", "--kills", str(2 * len(FEW)), *only)
+    found = ran("-m", "ftdpp.tests.kills", "--kills", str(len(FEW)), *only)
     assert found.returncode == 0, found.stdout + found.stderr
     lines = found.stdout.splitlines()
-    assert len(lines) == 2 * len(FEW) + 1
-    assert sum("not reached" in line for line in lines) < len(FEW)
-    assert lines[-1].startswith(f"{2 * len(FEW)} kills, 0 with a difference")
+    assert len(lines) == len(FEW) + 1 and "not reached" not in found.stdout
+    assert lines[-1].startswith(f"{len(FEW)} kills, 0 with a difference")
 
 
 BROKEN = """
-import sys
+import os, sys
 from contextlib import contextmanager
+from pathlib import Path
 from ftdpp import checkpoint
 from ftdpp.tests import kills
 
 @contextmanager
-def in_place(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    yield path.with_name("x")
-    path.with_name("x").rename(path)
+def leaving(path):
+    temporary = path.with_name(f"x{os.getpid()}")
+    yield temporary
+    temporary.rename(path)
 
-checkpoint.replacing = in_place
-sys.exit(kills.main(["--kills", "12", "--only", "saves"]))
+checkpoint.replacing = leaving
+base = Path(sys.argv[1])
+job = kills.prepare(base, ["pseudo"])["pseudo"]
+whole = kills.undisturbed(base, job)
+for when in ("before", "after"):
+    [at] = (i for i, point in enumerate(whole.points) if point.startswith(f"{when} save_file"))
+    print(kills.killed(base, job, whole, at, "itself", 0.5))
 """
 
 
-def test_a_writer_that_leaves_files_is_found() -> None:
+def test_what_is_left_over_is_found(tmp_path: Path) -> None:
     """The test of the test."""
-    found = ran("-c", textwrap.dedent(BROKEN))
-    assert found.returncode == 1, found.stdout + found.stderr
-    assert "run/x is left over" in found.stdout
+    found = ran("-c", BROKEN, str(tmp_path / "base"))
+    assert found.returncode == 0, found.stdout + found.stderr
+    before, after = map(ast.literal_eval, found.stdout.splitlines())
+    assert before[0].startswith("before save_file") and before[1] == []
+    assert after[0].startswith("after save_file")
+    [wrong] = after[1]
+    assert wrong.startswith("x") and wrong.endswith("is left over")
+
+
+def test_every_difference_is_found() -> None:
+    whole, found = {"a": "1", "b": "2", "c": "3"}, {"b": "2", "c": "4", "d": "5"}
+    told = ["a is missing", "c has other bytes", "d is left over"]
+    assert list(kills.differences(whole, found)) == told
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_a_write_is_torn(share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was brought to disk before stays."""
-    shares = []
-    monkeypatch.setattr(kills, "pass_point", lambda what, torn=None: torn and shares.append(torn))
+    torn = []
+
+    def noted(what: str, tear: Callable[[float], None] | None = None) -> None:
+        if tear is not None:
+            torn.append(tear)
+
+    monkeypatch.setattr(kills, "pass_point", noted)
     fsync = kills.torn_at(os.fsync)
     with (tmp_path / "a").open("wb") as file:
         for content in (b"first", b"second"):
             file.write(content)
             file.flush()
             fsync(file.fileno())
-        shares[1](share)
+        torn[1](share)
     assert (tmp_path / "a").read_bytes() == b"first" + b"second"[: int(6 * share)]
 
 
