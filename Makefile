@@ -1,13 +1,14 @@
 # make demo: install everything, then train source-only and FtD++ on the built-in street world and compare them.
 # make test: install everything, then lint, type check and test.
-# Both need Python 3.11 or newer, make and a C++ compiler, and share one virtual environment.
+# make gpu-test: install everything, then check every kernel on this machine's GPU.
+# All need Python 3.11 or newer, make and a C++ compiler, and share one virtual environment.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test setup clean
+.PHONY: demo test gpu-test setup clean
 
 setup: $(STAMP)
 
@@ -43,6 +44,12 @@ test: setup
 	$(BIN)/ruff check .
 	MYPYPATH=$(VENV)/typing $(BIN)/mypy -p ftdpp
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
+# The first minute on a GPU: each operation against float64 in every precision, then the same tests on the device. Warnings of
+# versions that we do not know must not fail them.
+gpu-test: setup
+	$(BIN)/ftd doctor --device cuda
+	$(BIN)/python -m pytest -W default tests/test_triton.py tests/test_golden.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info
