@@ -265,21 +265,28 @@ def test_killed_prepare_goes_on(root: Path, tail: bytes, monkeypatch: pytest.Mon
     verify(index)
 
 
+@pytest.mark.parametrize("journal", [True, False], ids=["journal", "no journal"])
 def test_killed_between_the_last_frame_and_the_name(
-    root: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, journal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is whole takes its name without being read again, and holds nothing more."""
-    whole = build(root, cache=root.parent / "whole")
+    whole, replace = build(root, cache=root.parent / "whole"), os.replace
 
     def killed(*_: Any, **more: Any) -> None:
         raise KeyboardInterrupt
 
+    def renamed(src: Path, dst: Path) -> None:
+        if src.suffix == ".partial":
+            raise KeyboardInterrupt
+        replace(src, dst)
+
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", killed)
+        patch.setattr(*((Path, "unlink", killed) if journal else (os, "replace", renamed)))
         with pytest.raises(KeyboardInterrupt):
             build(root)
     (partial,) = (root.parent / "cache").glob("*.partial")
-    assert (partial / "meta.json").exists() and (partial / "progress.jsonl").exists()
+    assert (partial / "meta.json").exists()
+    assert (partial / "progress.jsonl").exists() == journal
     with monkeypatch.context() as patch:
         patch.setattr(indexes, "read_frame", killed)
         index = build(root)
