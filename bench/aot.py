@@ -53,6 +53,8 @@ INTEGERS = (
     *("count", "size", "columns", "flip", "splits", "d", "points"),
 )
 SCALARS = {**dict.fromkeys(INTEGERS, "i32"), "momentum": "fp32", "eps": "fp32"}
+# Pointers that may lie anywhere; all others are aligned to 16 bytes, as PyTorch's are.
+ANY_PLACE = (*hash.ANY_PLACE, *norm.ANY_PLACE)
 # The U-Net's channels are multiples of 16; what is derived from them is, too.
 ALIGNED = {"cin", "cout", "wk", "wi", "wo", "channels"}
 Row = dict[str, Any]
@@ -179,10 +181,10 @@ def compiled(c: Configuration, target: GPUTarget) -> Any:
             continue
         signature[name] = SCALARS.get(name, f"*{pointers[name]}")
         pointer = name not in SCALARS
-        if name in ALIGNED or (pointer and name not in hash.ANY_PLACE):
+        if name in ALIGNED or (pointer and name not in ANY_PLACE):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=c.kernel, signature=signature, constexprs=c.constants, attrs=attributes)
-    return triton.compile(source, target=target, options={**c.options, **gemm.FUSION})
+    return triton.compile(source, target=target, options=c.options)
 
 
 def cuda_usage(cubin: bytes) -> tuple[int, int]:

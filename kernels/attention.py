@@ -50,7 +50,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ftdpp.kernels.gemm import FUSION
+from ftdpp.kernels.hash import FUSION
 
 SHARES = 32  # of the points, at most
 WIDEST = 64  # channels of a head: its gradients of key and value are one tile

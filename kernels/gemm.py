@@ -20,14 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ftdpp import kernels
-from ftdpp.kernels.hash import ANY_PLACE, SlotMap
+from ftdpp.kernels.hash import ANY_PLACE, FUSION, SlotMap
 
 ANY_SIZE = ["count", "columns", "flip", "splits"]
 # An index is fetched, then the row it names, then both are multiplied. With 5 stages two rows are
 # on their way at a time, with 3 or 4 one.
 STAGES = 5
-# A product and a sum in one instruction. Triton 3.9 warns when this is left open.
-FUSION = {"enable_fp_fusion": True}
 
 
 @triton.jit

@@ -31,8 +31,10 @@ from ftdpp.kernels.maps import (
     group_starts,
 )
 
+# A product and a sum in one instruction. Triton 3.9 warns when this is left open.
+FUSION = {"enable_fp_fusion": True}
 # Two entries a thread. With one, ptxas spills a register pair of find_neighbours.
-LANES = {"BLOCK": 256, "num_warps": 4}
+LANES = {"BLOCK": 256, "num_warps": 4, **FUSION}
 TAG = 3  # bits below a key that hold its level
 # A kernel is compiled once, not again for each size, nor for where in memory a level's part of a
 # list begins.

@@ -26,13 +26,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ftdpp.kernels.gemm import FUSION
+from ftdpp.kernels.hash import FUSION
 
 SHARES = 64
 ANY_SIZE = ["share", "shares"]
+ANY_PLACE = ["live"]  # an element of a list: that of an odd level lies at 8 bytes
 
 
-@triton.jit(do_not_specialize=ANY_SIZE)
+@triton.jit(do_not_specialize=ANY_SIZE, do_not_specialize_on_alignment=ANY_PLACE)
 def sum_rows(
     x, y, dy, stat, part, live, channels, share,
     BACK: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
@@ -93,7 +94,7 @@ def _read_sums(part, c, in_c, channels, shares, SHARES: tl.constexpr):
     return one, two
 
 
-@triton.jit(do_not_specialize=[*ANY_SIZE, "rows"])
+@triton.jit(do_not_specialize=[*ANY_SIZE, "rows"], do_not_specialize_on_alignment=ANY_PLACE)
 def normalise(
     x, y, part, stat, live, weight, bias, running_mean, running_var, batches,
     rows, channels, share, shares, momentum, eps,
@@ -141,7 +142,7 @@ def normalise(
     tl.store(y + cell, z.to(y.dtype.element_ty), mask=(r < rows)[:, None] & in_c[None, :])
 
 
-@triton.jit(do_not_specialize=[*ANY_SIZE, "rows"])
+@triton.jit(do_not_specialize=[*ANY_SIZE, "rows"], do_not_specialize_on_alignment=ANY_PLACE)
 def normalise_backward(
     x, y, dy, dx, part, stat, live, weight, dweight, dbias,
     rows, channels, shares, SHARES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
