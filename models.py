@@ -158,7 +158,17 @@ class NormReLUConv(nn.Module):
         return self.conv(self.norm(x, kmap.live), kmap)
 
 
-class BatchNormReLU(nn.BatchNorm1d):
+class RowNorm(nn.BatchNorm1d):
+    """BatchNorm over rows (N, C). One row has no variance: it takes what is known so far."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or len(x) > 1:
+            return super().forward(x)
+        known = self.running_mean, self.running_var, self.weight, self.bias
+        return F.batch_norm(x, *known, False, 0.0, self.eps)
+
+
+class BatchNormReLU(RowNorm):
     """BatchNorm over voxels, (V, C), followed by ReLU, with SparseConvNet's constants."""
 
     def __init__(self, channels: int) -> None:
@@ -173,12 +183,7 @@ class BatchNormReLU(nn.BatchNorm1d):
             return kernels.batch_norm_relu(
                 x, self.weight, self.bias, live, running, self.momentum, self.eps
             )
-        if self.training and len(x) < 2:  # one voxel has no variance: use what is known so far
-            known = self.running_mean, self.running_var, self.weight, self.bias
-            x = F.batch_norm(x, *known, False, 0.0, self.eps)
-        else:
-            x = super().forward(x)
-        return F.relu(x, inplace=True)
+        return F.relu(super().forward(x), inplace=True)
 
 
 class UNet3D(nn.Module):

@@ -30,7 +30,7 @@ from ftdpp import kernels
 from ftdpp.data import CLASS_SETS, Batch
 from ftdpp.kernels import pixel_to_point
 from ftdpp.losses import cross_entropy, kl_divergence
-from ftdpp.models import update_teacher
+from ftdpp.models import RowNorm, update_teacher
 from ftdpp.systems import INIT, Chance, ftdpp, seed_torch
 from ftdpp.systems.ftdpp import (
     CBAM,
@@ -141,7 +141,7 @@ class FusionHead(nn.Module):
         else:
             inner, width = c2, c2 // 2
             before += [nn.Linear(c, inner)]
-            after = [nn.Linear(inner, width), nn.BatchNorm1d(width), nn.ReLU()]
+            after = [nn.Linear(inner, width), RowNorm(width), nn.ReLU()]
         self.mix = nn.Sequential(*before)
         self.attend = ExternalAttention(inner, heads, dropout)
         self.classify = nn.Sequential(*after, nn.Linear(width, classes))

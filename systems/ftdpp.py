@@ -32,7 +32,7 @@ from ftdpp import kernels, recipe
 from ftdpp.data import CLASS_SETS, GRID, IGNORE, Batch, DataError, join
 from ftdpp.kernels import Pyramid, pixel_to_point
 from ftdpp.losses import cross_entropy, kl_divergence
-from ftdpp.models import UNet2D, UNet3D, update_teacher
+from ftdpp.models import RowNorm, UNet2D, UNet3D, update_teacher
 from ftdpp.systems import INIT, Chance, Stream, seed_torch
 from ftdpp.systems import System as Contract
 
@@ -365,7 +365,7 @@ class Fusion(nn.Module):
         self.mix = nn.Linear(c, c)
         self.attend = ExternalAttention(c, heads, dropout)
         self.out = nn.Linear(c, c)
-        self.norm = nn.BatchNorm1d(c)
+        self.norm = RowNorm(c)
 
     def forward(
         self, map_2d: Tensor, feat_3d: Tensor, batch_index: Tensor, pixel: Tensor

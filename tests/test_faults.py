@@ -572,6 +572,7 @@ OPTIONS = (
     *("compare --jobs 0", "clip --domain mars", "recipes --scenario usa", "data check nowhere"),
     *("data check . --domain usa", "data prepare . --domain singapore --size 200000,200000"),
     *("data prepare . --domain singapore --size 0,5", "data synth w --frames 1,2"),
+    "data synth w --frames 1000000000,1,1,1",
     *("data synth w --src usa --tgt night", "doctor --device tpu"),
 )
 

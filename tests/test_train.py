@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -21,6 +22,7 @@ from torch import Tensor
 from ftdpp import checkpoint, files, readers, runs, systems, train
 from ftdpp.files import Log
 from ftdpp.readers import DataError, list_frames
+from ftdpp.tests import layouts
 from ftdpp.tests.commands import TINY, ftd, same_bytes, stopped_in, train_args, words
 
 pytestmark = pytest.mark.usefixtures("on_a_cpu")
@@ -447,3 +449,19 @@ def test_a_target_without_labels_cannot_be_the_oracle(
     unlabelled.origins["tgt"] = unlabelled.origins["val"] = runs.Origin("singapore", bare)
     with pytest.raises(DataError, match=r"without labels.*lidarseg\.json"):
         runs.assemble(tiny("target-only"), 0, tmp_path, unlabelled)
+
+
+@pytest.mark.parametrize("method", ["source-only", "ftdpp", "bftd"])
+def test_frames_of_one_point(method: str, tmp_path: Path) -> None:
+    """A batch of one such frame has no variance to normalise by."""
+    scenes = [("scene-0001", "singapore-onenorth", ""), ("scene-0200", "boston-seaport", "")]
+    root = layouts.nuscenes(tmp_path / "data", scenes=scenes)
+    for path in (root / "samples/LIDAR_TOP").iterdir():
+        np.array([0, 10, 0.5, 1, 0], np.float32).tofile(path)
+    for path in (root / "lidarseg/v1.0-mini").iterdir():
+        np.array([1], np.uint8).tofile(path)
+    args = train_args(tmp_path / "run", root, tmp_path / "cache", method=method, steps=2)
+    result = ftd(*args, "--set", "batch=1", "--data-version", "v1.0-mini")
+    assert result.exit_code == 0, result.output
+    rows = list(csv.DictReader((tmp_path / "run" / "log.csv").read_text().splitlines()))
+    assert [row["iteration"] for row in rows] == ["1", "2"]

@@ -21,6 +21,7 @@ from ftdpp.world.scene import TABLES, WORLDS
 
 VERSION = 2  # of the content: changes with every byte that is written
 FRAMES_PER_STREET = 4
+MOST_FRAMES = 100_000  # of a part: no real set has so many, and they take 60 GB
 NUSCENES = nuscenes.NuScenes("nuscenes")
 LAYOUTS: dict[str, Layout] = {
     **dict.fromkeys(("usa", "singapore", "day", "night"), NUSCENES),
@@ -72,7 +73,7 @@ def _write(home: Path, shot: Shot) -> None:
 def sizes_of(source: str, target: str, overrides: dict[str, int]) -> dict[str, int]:
     """The frames of each part of a pair: those of DEFAULT_FRAMES but for the overrides.
 
-    Raises ValueError for a pair that is not in PAIRS, an unknown part, a count below 1.
+    Raises ValueError for a pair that is not in PAIRS, an unknown part, a count out of range.
     """
     if (source, target) not in PAIRS:
         known = ", ".join(f"{a} -> {b}" for a, b in PAIRS)
@@ -82,8 +83,8 @@ def sizes_of(source: str, target: str, overrides: dict[str, int]) -> dict[str, i
         if part not in defaults:
             known = ", ".join(defaults)
             raise ValueError(f"unknown key {part!r} in frames (known: {known})")
-        if count < 1:
-            raise ValueError(f"frames[{part!r}] is {count}, expected at least 1")
+        if not 1 <= count <= MOST_FRAMES:
+            raise ValueError(f"frames[{part!r}] is {count}, expected 1 to {MOST_FRAMES}")
     return defaults | overrides
 
 
