@@ -12,6 +12,7 @@ import os
 import re
 import signal
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -566,7 +567,8 @@ def _work(comparison: Comparison, job: Job, place: int, connection: Connection) 
         found = comparison.attempt(job, remote)
     except Interrupted as error:
         found = error
-    if isinstance(found, Exception):  # without its traceback, which does not travel
-        connection.send(("failed", type(found)(*found.args)))
-    else:
-        connection.send(("row", found))
+    with suppress(OSError):  # the parent was killed
+        if isinstance(found, Exception):  # without its traceback, which does not travel
+            connection.send(("failed", type(found)(*found.args)))
+        else:
+            connection.send(("row", found))

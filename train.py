@@ -368,6 +368,7 @@ def rate_settings(r: Recipe) -> str:
 
 def _deaf(number: int) -> None:
     """Of a loading process: the parent decides when it ends, and saves first."""
+    machine.die_with_parent()
     for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(one, signal.SIG_IGN)
 

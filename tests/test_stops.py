@@ -63,7 +63,9 @@ def children(number: int) -> list[int]:
     return [int(child) for child in text.split()]
 
 
-@pytest.mark.parametrize("what", ["the group is asked to stop", "a loading process is killed"])
+@pytest.mark.parametrize(
+    "what", ["the group is asked to stop", "a loading process is killed", "their parent is killed"]
+)
 def test_with_loading_processes(
     what: str, finished: Path, world: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -73,6 +75,8 @@ def test_with_loading_processes(
     wait_for(out / "last.safetensors")
     if what == "the group is asked to stop":
         os.killpg(process.pid, signal.SIGTERM)
+    elif what == "their parent is killed":
+        process.kill()
     else:
         os.kill(children(process.pid)[-1], signal.SIGKILL)
     _, said = process.communicate(timeout=120)
@@ -80,6 +84,8 @@ def test_with_loading_processes(
     assert "Traceback" not in said and "an error that is ours" not in said, said
     if what == "the group is asked to stop":
         assert process.returncode == 130 and "interrupted at iteration" in line, said
+    elif what == "their parent is killed":
+        assert process.returncode == -signal.SIGKILL
     else:
         assert process.returncode == 1 and "a data loading process ended" in line, said
     assert 2 <= checkpoint.read_metadata(out / "last.safetensors")["iteration"] < 6
