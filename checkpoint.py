@@ -8,7 +8,6 @@ metadata "ftd"                   JSON: format, recipe, iteration, ... and digest
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -19,11 +18,11 @@ import msgspec
 import torch
 from msgspec import Meta
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialised
 from torch import Tensor
 
 from ftdpp import files
-from ftdpp.files import replacing
+from ftdpp.files import write
 from ftdpp.pretrained import misfits
 from ftdpp.recipe import RecipeError, from_dict
 from ftdpp.systems import METHODS, build, system_of
@@ -120,11 +119,8 @@ def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     """
     stored = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     text = json.dumps({**meta, "digests": _digests(stored, meta)}, sort_keys=True)
-    with replacing(path) as temporary:
-        try:
-            save_file(stored, temporary, {"ftd": text})
-        except SafetensorError as error:  # a full disk, say
-            raise OSError(errno.EIO, f"could not be written ({error})", str(path)) from None
+    # Not by save_file, which writes elsewhere and renames: a killed one leaves that for ever.
+    write(path, serialised(stored, {"ftd": text}))
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

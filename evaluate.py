@@ -125,12 +125,12 @@ def evaluate(
     require_labels(index)
     r, heads = system.recipe, system.heads
     names, frames = CLASS_SETS[r.classes], frames or range(len(index))
+    tell = progress or (lambda done, total, what: None)
     matrices = {h: torch.zeros(len(names), len(names), dtype=torch.int64) for h in heads}
     was_training = system.training
     system.eval()
     seen = 0
-    if progress:
-        progress(0, len(frames), "evaluating")
+    tell(0, len(frames), "evaluating")
     pixels: tuple[int, int] | None = None
     originals = original_frames(index, frames)  # lazy: nothing is read for points
     for done, batch in batches_of(index, r, r.eval_batch, frames):
@@ -139,8 +139,7 @@ def evaluate(
         for head, predicted, label in compared(system.predict(batch), batch, originals):
             matrices[head] += confusion(predicted, label, len(names)).cpu()
             pixels = (label.shape[0], label.shape[1]) if label.ndim == 2 else None
-        if progress:
-            progress(done - frames.start, len(frames), "evaluating")
+        tell(done - frames.start, len(frames), "evaluating")
     system.train(was_training)
     result = {head: iou(matrix) for head, matrix in matrices.items()}
     labelled = matrices[heads[-1]].sum(1).tolist()  # points of each class; equal for every head
@@ -202,13 +201,13 @@ def write_pseudo_labels(
         RunError: no label of a head survives; nothing is written.
     """
     r, heads = system.recipe, system.pseudo_heads
+    tell = progress or (lambda done, total, what: None)
     classes = len(CLASS_SETS[r.classes])
     label: dict[str, list[Tensor]] = {head: [] for head in heads}
     confidence: dict[str, list[Tensor]] = {head: [] for head in heads}
     kept_rows: list[Tensor] = []
     system.eval()
-    if progress:
-        progress(0, len(index), "predicting")
+    tell(0, len(index), "predicting")
     for done, batch in batches_of(index, r, r.eval_batch):
         probabilities = system.predict(batch.to(device))
         for head in heads:
@@ -216,8 +215,7 @@ def write_pseudo_labels(
             confidence[head].append(prob)
             label[head].append(predicted)
         kept_rows += batch.keep
-        if progress:
-            progress(done, len(index), "predicting")
+        tell(done, len(index), "predicting")
 
     tensors: dict[str, Tensor] = {}
     meta: dict[str, Any] = {

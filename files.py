@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import errno
 import fcntl
+import hashlib
 import os
+import socket
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,6 +46,7 @@ def locked(folder: Path) -> Iterator[None]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _opened_lock(folder.with_name(folder.name + ".lock")) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        sweep(folder.parent)
         yield
 
 
@@ -57,19 +60,28 @@ def claimed(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with _opened_lock(folder / ".lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        sweep(folder)
         yield
 
 
-def _alone(path: Path) -> IO[bytes]:
-    """A temporary file, empty, and locked: another process that writes it has come to its end."""
-    while True:
-        file = _opened_lock(path)
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                file.truncate()
-                return file
-        file.close()  # renamed while this one waited
+_HERE = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]  # this machine
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside a file that no other process has, on no machine."""
+    return path.with_name(f".{path.name}.{_HERE}-{os.getpid()}.tmp")
+
+
+def sweep(folder: Path) -> None:
+    """Removes from a folder what killed processes of this machine left of files they wrote."""
+    for left in folder.glob(f".*.{_HERE}-*.tmp"):
+        number = left.name.removesuffix(".tmp").rpartition("-")[2]
+        try:
+            os.kill(int(number), 0)
+        except ProcessLookupError:
+            left.unlink(missing_ok=True)
+        except (ValueError, OverflowError, PermissionError):  # none of ours; or it lives
+            pass
 
 
 @contextmanager
@@ -77,32 +89,31 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`. What was written there takes its name at the end.
 
     A reader sees the old file or the new one, never a half; after an error the old one stays. What
-    a killed process left is taken over when the file is written again: the temporary path has one
-    name for all processes, on all machines, and is locked.
+    a killed process leaves, `sweep` removes at the start of the next command that writes there.
     """
     if path.exists() and not path.is_file():
         raise OSError(
             errno.EINVAL, "is a folder, a pipe or a device, and is not replaced", str(path)
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     try:
-        with _alone(temporary):
-            try:
-                yield temporary
-                with temporary.open("rb+") as file:
-                    os.fsync(file.fileno())
-                mask = os.umask(0)
-                os.umask(mask)
-                temporary.chmod(0o666 & ~mask)  # some libraries write for the owner alone
-                os.replace(temporary, path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
+        temporary.unlink(missing_ok=True)
+        # Not through a link that somebody put there.
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)  # some libraries write for the owner alone
+        os.replace(temporary, path)
     except OSError as error:
         if error.filename is None or str(temporary) == error.filename:  # a full disk names nothing
             error.filename = str(path)
         raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def regular(path: Path) -> Path:

@@ -43,7 +43,7 @@ from ftdpp.readers import (
 )
 from ftdpp.readers.base import regular, require_known, why
 
-FORMAT = 2  # version of the prepared index; a change makes old ones stale
+FORMAT = 3  # version of the prepared index; a change makes old ones stale
 FAR = 1000.0  # metres: no LiDAR sees so far, and one such point would leave the grid to itself
 CHUNK = 32  # frames between two checkpoints of `prepare`
 _JOURNAL = "progress.jsonl"  # of a `prepare` that is not at its end
@@ -169,9 +169,9 @@ class Index:
         """The flat file of an array."""
         return self.path / f"{name}.bin"
 
-    def __reduce__(self) -> tuple[type[Index], tuple[Path]]:
+    def __reduce__(self) -> Any:
         # A loading process opens the files itself.
-        return type(self), (self.path,)
+        return _reopened, (type(self), self.path, self.fingerprint["content"])
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -231,6 +231,14 @@ class Index:
     def counts(self) -> Array:
         """Points per class, i64 (K,); ignored points are not in it."""
         return np.array(self.fingerprint["points_per_class"], np.int64)
+
+
+def _reopened(kind: type[Index], path: Path, content: str) -> Index:
+    """An index in another process. Raises DataError where it was prepared anew meanwhile."""
+    index = kind(path)
+    if index.fingerprint["content"] != content:
+        raise DataError(f"{path}: was prepared anew from other data meanwhile; begin again")
+    return index
 
 
 class FewLabels(Index):
@@ -588,6 +596,8 @@ def prepare(
             meta = {"identity": identity, "fingerprint": fingerprint, "frames": records}
             files.write(partial / "meta.json", json.dumps(meta).encode())
         # Whole from here on: what a kill leaves is taken as it is.
+        for left in partial.glob(".*.tmp"):  # of killed processes, on any machine
+            left.unlink()
         (partial / _JOURNAL).unlink(missing_ok=True)
         os.replace(partial, final)
         return Index(final)

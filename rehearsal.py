@@ -1,17 +1,18 @@
 """A dry run: what a training will take, measured before it, on the largest frames that it can draw.
 
-The three steps, the evaluation and the checkpoint are the real ones, so what would fail after hours
-fails here: memory that is not enough, a loss that is not finite, a disk that is full.
+The first three steps, the last three (some terms begin late), an evaluation and a checkpoint are
+the real ones, so that what would fail after hours fails here: memory that is not enough, a disk
+that is full. Phases that take turns for longer are not seen, nor what other processes need.
 """
 
 from __future__ import annotations
 
 import shutil
+import statistics
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
 
 import torch
 
@@ -29,15 +30,15 @@ class Measured:
     """What a dry run found."""
 
     rows: dict[str, int]  # points or pixels of the largest batch, by stream
-    step: float  # seconds of an iteration on it, its loading among them where nobody else loads
-    validation: float  # seconds of one; 0 where there is none
+    step: float  # seconds of an iteration on it, or of loading it where that takes longer
+    validation: float  # seconds of one, by its first frames; 0 where there is none
     validations: int
     memory: int  # bytes: the largest that this process (or the GPU) had
     checkpoint: int  # bytes of a file
     free: int  # bytes on the disk of the run folder
 
     def seconds(self, steps: int) -> float:
-        """Of a whole training, at the most: every batch as large as the largest."""
+        """Of a whole training whose batches are all as large as the largest."""
         return steps * self.step + self.validations * self.validation
 
 
@@ -52,14 +53,18 @@ def rehearse(run: Run) -> Measured:
     """
     r, source = run.recipe, Batches(run.streams, run.recipe, run.seed, run.indexes, run.pseudo)
     machine.keep_freed_memory()
-    times = []
-    for _ in range(min(STEPS, r.steps)):
-        begun = time.perf_counter()
-        loaded = [source.largest() for _ in range(r.accumulate)]
-        begun = time.perf_counter() if run.workers else begun
-        parts = [{name: b.to(run.device) for name, b in batches.items()} for batches in loaded]
-        check_finite(run.learn(parts), parts, run)  # waits for a GPU
-        times.append(time.perf_counter() - begun)
+    slowest = 0.0
+    for first in (0, max(r.steps - STEPS, 0)):
+        run.iteration, times = first, []
+        for _ in range(min(STEPS, r.steps)):
+            begun = time.perf_counter()
+            loaded = [source.largest() for _ in range(r.accumulate)]
+            ready = time.perf_counter()
+            parts = [{name: b.to(run.device) for name, b in batches.items()} for batches in loaded]
+            check_finite(run.learn(parts), parts, run)  # waits for a GPU
+            load, step = ready - begun, time.perf_counter() - ready
+            times.append(max(step, load / run.workers) if run.workers else load + step)
+        slowest = max(slowest, statistics.median(times[1:] or times))  # the first one allocates
     rows = {name: sum(batch.counts) for name, batch in loaded[0].items()}
 
     seconds, times_of_it = 0.0, 0
@@ -70,25 +75,23 @@ def rehearse(run: Run) -> Measured:
         seconds = (time.perf_counter() - begun) * len(run.val) / len(some)
         times_of_it = -(-r.steps // r.val_every)
 
-    size = _there_and_back(run)
     place = next(p for p in (run.out, *run.out.absolute().parents) if p.exists())
+    size = _there_and_back(run, place)
     free = shutil.disk_usage(place).free
     if FILES * size > free:
         raise RunError(
             f"{run.out}: {free / 2**20:,.0f} MiB are free, and checkpoints take up to "
             f"{FILES * size / 2**20:,.0f}; make room, or choose another --out"
         )
-    # The first step allocates and tunes.
-    step = min(times[1:] or times)
     memory = machine.peak_memory(run.device)
-    return Measured(rows, step, seconds, times_of_it, memory, size, free)
+    return Measured(rows, slowest, seconds, times_of_it, memory, size, free)
 
 
 @torch.no_grad()
-def _there_and_back(run: Run) -> int:
-    """Save, spoil and load the run; the size of its checkpoint in bytes."""
+def _there_and_back(run: Run, place: Path) -> int:
+    """Save, spoil and load the run, on the disk that it will use; the bytes of its checkpoint."""
     out, before = run.out, digest(run.system.state_dict())
-    with tempfile.TemporaryDirectory(prefix="ftd-dry-run-") as folder:
+    with tempfile.TemporaryDirectory(dir=place, prefix=".ftd-dry-run-") as folder:
         run.out = Path(folder)
         try:
             run.save(run.last_path)
@@ -100,7 +103,6 @@ def _there_and_back(run: Run) -> int:
             run.out = out
     if digest(run.system.state_dict()) != before:
         raise RunError(
-            f"a checkpoint below {quote(tempfile.gettempdir())} did not come back as it was saved; "
-            "check that disk"
+            f"{place}: a checkpoint did not come back as it was saved there; check that disk"
         )
     return size

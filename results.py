@@ -144,6 +144,7 @@ def keep(folder: Path, row: Row) -> None:
         rows = {}
     rows = rows if isinstance(rows, dict) else {}
     rows[row["split"]] = row
+    files.sweep(folder)
     files.write(path, json.dumps(rows, indent=1).encode())
 
 

@@ -87,6 +87,7 @@ def over_frames(frames: int) -> Iterator[str]:
             with (path / f"{name}.bin").open("wb") as file:
                 for _ in range(frames // 1000):
                     file.write(block)
+                file.write(block[: len(block) // 1000 * (frames % 1000)])
         identity = {"domain": "usa", "split": "train", "frames": None}
         meta = {"identity": identity, "fingerprint": {}, "frames": records}
         (path / "meta.json").write_text(json.dumps(meta))

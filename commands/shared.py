@@ -258,6 +258,8 @@ def require_ours(path: Path, force: bool) -> None:
 
 def require_writable(path: Path, folder: bool = False) -> None:
     """Refuses a file (or folder) that cannot be written, before hours of work would be lost."""
+    from ftdpp import files
+
     if path.exists() and not path.is_file() and not path.is_dir():
         raise fail(f"{path}: is a pipe or a device; name a file", USAGE)
     place = path if folder else path.parent
@@ -267,6 +269,8 @@ def require_writable(path: Path, folder: bool = False) -> None:
         raise fail(f"{path}: is a run's own file, which would be lost; name another", USAGE)
     # Tried in the part of it that is there: a command that is refused leaves nothing behind.
     there = next(p for p in (place, *place.absolute().parents) if p.exists())
+    if place.is_dir():
+        files.sweep(place)
     try:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:

@@ -110,7 +110,7 @@ def train(
         bool,
         typer.Option(
             "--dry-run",
-            help="Prepare the data, try three iterations, an evaluation and a checkpoint, and say "
+            help="Prepare the data, try six iterations, an evaluation and a checkpoint, and say "
             "how long it will take, how much memory and disk; train nothing.",
         ),
     ] = False,
@@ -286,7 +286,7 @@ def _rehearse(run: Any, console: Console) -> None:
         [
             ("iteration", f"{found.step:.2f} s", f"on the largest frames; rows: {rows}"),
             ("validation", f"{found.validation:.1f} s", "from its first frames"),
-            ("in all", f"at most {screen.duration(found.seconds(r.steps))}", checks),
+            ("in all", f"about {screen.duration(found.seconds(r.steps))}", checks),
             ("memory", f"{found.memory / 2**30:.1f} GiB", f"the most {memory}"),
             (
                 "disk",

@@ -220,7 +220,7 @@ class CBAM(nn.Module):
     y = x * sigmoid(mlp(max over pixels of x) + mlp(mean over pixels of x))
     x + y * sigmoid(conv[max over channels of y, mean over channels of y])
 
-    The sum is taken at the points alone: no other pixel of it is read. No gradient reaches x.
+    The sum is taken at the points alone, where it is read. No gradient reaches x.
     """
 
     def __init__(self, channels: int, reduction: int = 4) -> None:

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ftdpp import checkpoint, compare, files, ftd, index, processes, readers, runs, train
+from ftdpp import compare, files, ftd, index, processes, readers, runs, train
 from ftdpp.systems import bftd, clip2uda, crossmatch, family, ftdpp, image, weak
 from ftdpp.tests.commands import TINY
 from ftdpp.tests.conftest import FRAMES
@@ -169,7 +169,7 @@ def torn_append(function: Callable[[files.Log], None]) -> Callable[[files.Log], 
 
 COUNTED: tuple[tuple[Any, str], ...] = (
     *((os, name) for name in ("replace", "unlink", "mkdir", "rmdir")),
-    *((fcntl, "flock"), (checkpoint, "save_file"), (Path, "write_bytes"), (Path, "write_text")),
+    *((fcntl, "flock"), (Path, "write_bytes"), (Path, "write_text")),
     *((train.Run, "learn"), (train, "evaluate"), (train.Batches, "__getitem__")),
     *((compare, "evaluate"), (runs, "write_record"), (index, "read_frame"), (layouts, "_write")),
 )

@@ -38,7 +38,7 @@ BROKEN = """
 import os, sys
 from contextlib import contextmanager
 from pathlib import Path
-from ftdpp import checkpoint
+from ftdpp import files
 from ftdpp.tests import kills
 
 @contextmanager
@@ -47,12 +47,12 @@ def leaving(path):
     yield temporary
     temporary.rename(path)
 
-checkpoint.replacing = leaving
 base = Path(sys.argv[1])
 job = kills.prepare(base, ["pseudo"])["pseudo"]
+files.replacing = leaving
 whole = kills.undisturbed(base, job)
 for when in ("before", "after"):
-    [at] = (i for i, point in enumerate(whole.points) if point.startswith(f"{when} save_file"))
+    [at] = (i for i, point in enumerate(whole.points) if point.startswith(f"{when} write_bytes x"))
     print(kills.killed(base, job, whole, at, "itself", 0.5))
 """
 
@@ -62,8 +62,8 @@ def test_what_is_left_over_is_found(tmp_path: Path) -> None:
     found = ran("-c", BROKEN, str(tmp_path / "base"))
     assert found.returncode == 0, found.stdout + found.stderr
     before, after = map(ast.literal_eval, found.stdout.splitlines())
-    assert before[0].startswith("before save_file") and before[1] == []
-    assert after[0].startswith("after save_file")
+    assert before[0].startswith("before write_bytes x") and before[1] == []
+    assert after[0].startswith("after write_bytes x")
     [wrong] = after[1]
     assert wrong.startswith("x") and wrong.endswith("is left over")
 

@@ -484,7 +484,7 @@ def test_an_interrupted_build_is_resumed(
         (here / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(there / file, here / file)
     (here / last).parent.mkdir(parents=True, exist_ok=True)
-    half = (here / last).with_name(f".{Path(last).name}.tmp")
+    half = (here / last).with_name(f".{Path(last).name}.01234567-1.tmp")  # of another machine
     half.write_bytes(b"half")
 
     rendered: list[rig.Shot] = []

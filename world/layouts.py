@@ -134,6 +134,8 @@ def write_world(
             part = [shot for _, shot in own]
             for name, text in LAYOUTS[part[0].world].tables(part).items():
                 files.write(home / name, text.encode())
+        for left in partial.rglob(".*.tmp"):  # of killed processes, on any machine
+            left.unlink()
         os.replace(partial, root)
 
 
