@@ -67,7 +67,7 @@ def claimed(folder: Path) -> Iterator[None]:
 _HERE = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]  # this machine
 
 
-def _temporary(path: Path) -> Path:
+def temporary_beside(path: Path) -> Path:
     """A name beside a file that no other process has, on no machine."""
     return path.with_name(f".{path.name}.{_HERE}-{os.getpid()}.tmp")
 
@@ -96,7 +96,7 @@ def replacing(path: Path) -> Iterator[Path]:
             errno.EINVAL, "is a folder, a pipe or a device, and is not replaced", str(path)
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
+    temporary = temporary_beside(path)
     try:
         temporary.unlink(missing_ok=True)
         # Not through a link that somebody put there.

@@ -189,6 +189,7 @@ def train(
     given = recipe.settings_of(r, base, recipe.given_names(overrides))
     named = given if source is None else runs.names_source(r, given, source.given)
     out = out or Path("runs") / runs.run_name(r, named, seed)
+    require_writable(out, folder=True)
     if (out / "last.safetensors").exists():
         raise fail(
             f"{out} already holds a run; continue it with --resume {quote(str(out))}, or choose "
@@ -200,7 +201,6 @@ def train(
         raise fail(
             f"{out}: holds {', '.join(found)}, which would be lost; choose another --out", USAGE
         )
-    require_writable(out, folder=True)
     built_in = known_roots(src, tgt, roots)
     if built_in and data_version is not None:
         raise fail(

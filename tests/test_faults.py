@@ -642,7 +642,7 @@ def test_where_results_go(finished: Path, cache: Path, tmp_path: Path) -> None:
     own = {name: tmp_path / f"thesis.{ending}" for name, ending in endings.items()}
     for path in own.values():
         path.write_text("mine")
-    known = {"RUN": run, "FOLDER": place, "HERE": tmp_path}
+    known = {"RUN": run, "FOLDER": place, "HERE": tmp_path, "NAME": Path("a" * 240)}
     rows = []
     for words in (["pseudo", run], ["export", run], ["report", run], ["show", run, 0]):
         for out, name in (
@@ -650,6 +650,7 @@ def test_where_results_go(finished: Path, cache: Path, tmp_path: Path) -> None:
             (run / "run.json", "RUN/run.json"),
             (place, "a folder"),
             (tmp_path / "missing\0", "a name with a NUL"),
+            (tmp_path / f"{'a' * 240}.{endings[words[0]]}", "a name of more than 240 characters"),
             (own[words[0]], "a file of somebody's own"),
             (device, "a pipe"),
         ):

@@ -133,7 +133,7 @@ def test_what_a_killed_writer_left_goes_at_the_next_start(tmp_path: Path) -> Non
 def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(tmp_path: Path) -> None:
     path, mine = tmp_path / "a", tmp_path / "thesis.txt"
     mine.write_bytes(b"mine")
-    files._temporary(path).symlink_to(mine)
+    files.temporary_beside(path).symlink_to(mine)
     files.write(path, b"whole")
     assert mine.read_bytes() == b"mine" and path.read_bytes() == b"whole"
     assert not path.is_symlink() and sorted(os.listdir(tmp_path)) == ["a", "thesis.txt"]
