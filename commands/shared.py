@@ -261,18 +261,17 @@ def require_writable(path: Path, folder: bool = False) -> None:
     from ftdpp import files
 
     place = path if folder else path.parent
-    # The longest name that will stand there.
-    longest = files.temporary_beside(path / "pseudo.safetensors" if folder else path)
     try:
-        longest.exists()
+        if path.is_dir() and not folder:
+            raise fail(f"{path}: is a folder; name a file", USAGE)
+        # The longest name that will stand there.
+        files.temporary_beside(path / "pseudo.safetensors" if folder else path).exists()
     except OSError as error:
         raise fail(
             f"{path}: cannot be written there ({error.strerror}); choose another name", USAGE
         ) from None
     if path.exists() and not path.is_file() and not path.is_dir():
         raise fail(f"{path}: is a pipe or a device; name a file", USAGE)
-    if path.is_dir() and not folder:
-        raise fail(f"{path}: is a folder; name a file", USAGE)
     if path.name in RUN_FILES and (path.parent / "run.json").is_file():
         raise fail(f"{path}: is a run's own file, which would be lost; name another", USAGE)
     # Tried in the part of it that is there: a command that is refused leaves nothing behind.
