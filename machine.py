@@ -7,7 +7,6 @@ import ctypes
 import os
 import platform
 import resource
-import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -151,13 +150,6 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
             libc.mallopt(option, 1 << 30)
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent is gone, so that it does not complain of
-    lost connections. Does nothing where that is not Linux."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def memory(device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import multiprocessing
 import os
@@ -10,13 +11,18 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 
-def _die_with_parent() -> None:
-    """Ends this worker when its parent is gone: a killed parent cannot stop it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+def die_with_parent() -> None:
+    """Ends this process when its parent is gone: a killed parent cannot stop it.
+
+    On Linux the kernel does it at once, before a lost connection is complained of. The watch is for
+    other systems, and for a parent that was gone before.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
@@ -25,6 +31,11 @@ def _die_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _begin() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    die_with_parent()
 
 
 @contextmanager
@@ -39,7 +50,7 @@ def in_processes(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
         return
     # Spawned, not forked: the caller may hold threads or a CUDA context.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(count, context, _die_with_parent)
+    pool = ProcessPoolExecutor(count, context, _begin)
     try:
         yield pool.map
     except BrokenProcessPool:

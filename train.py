@@ -38,6 +38,7 @@ from ftdpp.evaluate import Score, batches_of, evaluate
 from ftdpp.files import Log, Progress
 from ftdpp.index import Index, require_labels
 from ftdpp.losses import log_smoothed_weights
+from ftdpp.processes import die_with_parent
 from ftdpp.pseudo_labels import PseudoLabels
 from ftdpp.readers import DataError
 from ftdpp.recipe import Recipe, settings
@@ -368,7 +369,7 @@ def rate_settings(r: Recipe) -> str:
 
 def _deaf(number: int) -> None:
     """Of a loading process: the parent decides when it ends, and saves first."""
-    machine.die_with_parent()
+    die_with_parent()
     for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(one, signal.SIG_IGN)
 

@@ -182,13 +182,13 @@ def begin() -> None:
         (os, "fsync", torn_at(os.fsync)),
         (files.Log, "flush", torn_append(files.Log.flush)),
         (compare, "_work", _work_counted),
-        (processes, "_die_with_parent", _worker_counted),
+        (processes, "_begin", _worker_counted),
     ]
     for owner, name, function in replaced:
         setattr(owner, name, function)
 
 
-_work, _die_with_parent = compare._work, processes._die_with_parent  # in a spawned process
+_work, _begin = compare._work, processes._begin  # in a spawned process
 
 
 def _work_counted(*args: Any) -> None:
@@ -198,7 +198,7 @@ def _work_counted(*args: Any) -> None:
 
 
 def _worker_counted() -> None:
-    _die_with_parent()
+    _begin()
     begin()
     pass_point("begins")
 
