@@ -116,6 +116,14 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def finish(partial: Path, final: Path) -> None:
+    """A folder that was built under a lock takes its name, without what killed processes left in
+    it, on whatever machine."""
+    for left in partial.rglob(".*.tmp"):
+        left.unlink()
+    os.replace(partial, final)
+
+
 def regular(path: Path) -> Path:
     """The path of a regular file: a pipe or a device may never end.
 

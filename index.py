@@ -336,7 +336,7 @@ def few_labels(
         }
         meta = {"identity": identity, "fingerprint": fingerprint, "frames": records}
         (partial / "meta.json").write_text(json.dumps(meta))
-        os.replace(partial, final)
+        files.finish(partial, final)
         return FewLabels(final)
 
 
@@ -596,10 +596,8 @@ def prepare(
             meta = {"identity": identity, "fingerprint": fingerprint, "frames": records}
             files.write(partial / "meta.json", json.dumps(meta).encode())
         # Whole from here on: what a kill leaves is taken as it is.
-        for left in partial.glob(".*.tmp"):  # of killed processes, on any machine
-            left.unlink()
         (partial / _JOURNAL).unlink(missing_ok=True)
-        os.replace(partial, final)
+        files.finish(partial, final)
         return Index(final)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 from collections import Counter
@@ -134,9 +133,7 @@ def write_world(
             part = [shot for _, shot in own]
             for name, text in LAYOUTS[part[0].world].tables(part).items():
                 files.write(home / name, text.encode())
-        for left in partial.rglob(".*.tmp"):  # of killed processes, on any machine
-            left.unlink()
-        os.replace(partial, root)
+        files.finish(partial, root)
 
 
 def pair_of(src: str, tgt: str) -> tuple[str, str] | None:
