@@ -311,6 +311,20 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def test_another_process_notices_an_index_that_was_built_anew(root: Path) -> None:
+    """It opens the files itself: those of other frames would pass for the same."""
+    index = build(root)
+    travelling = ForkingPickler.dumps(index)
+    assert ForkingPickler.loads(travelling).tokens == index.tokens
+    file = root / "samples/LIDAR_TOP/frame-0001.pcd.bin"
+    points = np.fromfile(file, np.float32)
+    points[0] += 0.25
+    points.tofile(file)
+    assert build(root).path == index.path
+    with pytest.raises(DataError, match="prepared anew from other data"):
+        ForkingPickler.loads(travelling)
+
+
 @pytest.mark.parametrize("name", ["image", "label", "depth"])
 def test_a_file_that_is_cut_off_while_it_is_open(root: Path, name: str) -> None:
     """A frame that was read before is read anew, and the process lives to say so."""

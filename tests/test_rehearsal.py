@@ -53,6 +53,19 @@ def test_what_it_says(tried: Any) -> None:
     assert abs(seconds - 5 * float(step) - 3 * float(validation)) < 1
 
 
+def test_it_takes_the_first_and_the_last_steps(tried: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some terms begin late."""
+    seen, learn = [], train.Run.learn
+
+    def noted(run: Any, parts: Any) -> Any:
+        seen.append(run.iteration)
+        return learn(run, parts)
+
+    monkeypatch.setattr(train.Run, "learn", noted)
+    assert tried().exit_code == 0
+    assert seen == [0, 1, 2, 2, 3, 4]
+
+
 def test_it_takes_the_largest_frames(finished: Path) -> None:
     """Each stream's two largest, in the same batch; a stream with fewer frames repeats them."""
     r, record = checkpoint.load(finished / "last.safetensors")[0].recipe, runs.read_record(finished)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -530,32 +532,39 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_padded_maps_do_not_wait_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Padded maps, network and gradients run without one look at a number; plain maps do not."""
+@contextmanager
+def no_look_at_a_number(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Within it, whatever asks a tensor for its value fails."""
 
     def refuse(*_: Any) -> None:
         raise AssertionError("a tensor is read by the host")
 
-    coords, net = cloud(20).to(DEVICE), UNet3D(4, 3).to(DEVICE).train()
-    feat, count = torch.ones(20, 1, device=DEVICE), torch.tensor(15, device=DEVICE)
-    net(
-        feat, hash.HashPyramid(coords, 3, count)
-    ).sum().backward()  # compiles, and fills what is kept
     if DEVICE == "cpu":
-        for name in ("tolist", "item", "numpy", "cpu"):
+        for name in ("tolist", "item", "numpy", "cpu", "__int__"):
             monkeypatch.setattr(Tensor, name, refuse)
     try:
         if DEVICE == "cuda":
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # "a prototype feature"
                 torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        if DEVICE == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_padded_maps_do_not_wait_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padded maps, network and gradients run without one look at a number; plain maps do not."""
+    coords, net = cloud(20).to(DEVICE), UNet3D(4, 3).to(DEVICE).train()
+    feat, count = torch.ones(20, 1, device=DEVICE), torch.tensor(15, device=DEVICE)
+    net(
+        feat, hash.HashPyramid(coords, 3, count)
+    ).sum().backward()  # compiles, and fills what is kept
+    with no_look_at_a_number(monkeypatch):
         with NoWaiting():
             net(feat, hash.HashPyramid(coords, 3, count)).sum().backward()
         with pytest.raises((AssertionError, RuntimeError)), NoWaiting():
             hash.HashPyramid(coords, 3)
-    finally:
-        if DEVICE == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_padded_maps_are_tritons_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -792,23 +801,8 @@ def test_attention_does_not_wait_for_the_host(monkeypatch: pytest.MonkeyPatch) -
     attended(inputs, upstream, 0.2)  # compiles
     mine = [t.to(DEVICE).requires_grad_() for t in inputs]
     upstream = upstream.to(DEVICE)
-
-    def refuse(*_: Any) -> None:
-        raise AssertionError("a tensor is read by the host")
-
-    if DEVICE == "cpu":
-        for name in ("tolist", "item", "numpy", "cpu", "__int__"):
-            monkeypatch.setattr(Tensor, name, refuse)
-    try:
-        if DEVICE == "cuda":
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # "a prototype feature"
-                torch.cuda.set_sync_debug_mode("error")
-        with NoWaiting():
-            kernels.attend(mine[0], mine[1], mine[2], 0.2).backward(upstream)
-    finally:
-        if DEVICE == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
+    with no_look_at_a_number(monkeypatch), NoWaiting():
+        kernels.attend(mine[0], mine[1], mine[2], 0.2).backward(upstream)
     assert all(t.grad is not None for t in mine)
 
 
