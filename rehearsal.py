@@ -43,8 +43,8 @@ class Measured:
 
 
 def rehearse(run: Run) -> Measured:
-    """Three iterations, an evaluation and a checkpoint there and back. Leaves nothing on disk; the
-    run itself has then been trained a little, and is no more use.
+    """Iterations, an evaluation and a checkpoint there and back. Leaves nothing on disk; the run
+    itself has then been trained a little, and is no more use.
 
     Raises:
         RunError: the checkpoints will not fit on the disk, or do not hold what was saved.
@@ -67,13 +67,13 @@ def rehearse(run: Run) -> Measured:
         slowest = max(slowest, statistics.median(times[1:] or times))  # the first one allocates
     rows = {name: sum(batch.counts) for name, batch in loaded[0].items()}
 
-    seconds, times_of_it = 0.0, 0
+    seconds, validations = 0.0, 0
     if run.val is not None:
         some = range(min(len(run.val), 2 * r.eval_batch))
         begun = time.perf_counter()
         evaluate(run.system, run.val, "dry run", run.device, run.progress, some)
         seconds = (time.perf_counter() - begun) * len(run.val) / len(some)
-        times_of_it = -(-r.steps // r.val_every)
+        validations = -(-r.steps // r.val_every)
 
     place = next(p for p in (run.out, *run.out.absolute().parents) if p.exists())
     size = _there_and_back(run, place)
@@ -84,7 +84,7 @@ def rehearse(run: Run) -> Measured:
             f"{FILES * size / 2**20:,.0f}; make room, or choose another --out"
         )
     memory = machine.peak_memory(run.device)
-    return Measured(rows, slowest, seconds, times_of_it, memory, size, free)
+    return Measured(rows, slowest, seconds, validations, memory, size, free)
 
 
 @torch.no_grad()
